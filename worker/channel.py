@@ -1,0 +1,174 @@
+"""The leader's ends of the local sockets: one for gateways, one for followers.
+
+A ROUTER socket each, at an address that the supervisor made. A peer counts only after it has sent the secret; whatever
+else arrives from it before is dropped. Nothing here blocks the engine's loop: a peer that does not read only fills its
+own queue, and a peer that is gone is forgotten.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from worker.client import EngineEndpoint
+from worker.messages import PROTOCOL_VERSION, Hello, ToGateway, ToLeader
+
+
+def private_endpoint(name: str) -> EngineEndpoint:
+    """A new address that only this machine can reach, with a secret.
+
+    On Linux the name lives in the abstract namespace of Unix sockets: no file, so nothing is left after any death.
+    Elsewhere it is a file in a fresh directory that only this user can read.
+    """
+    token = secrets.token_hex(16)
+    if sys.platform == "linux":
+        address = f"ipc://@lightqwen-{name}-{token}"
+    else:
+        address = f"ipc://{Path(tempfile.mkdtemp(prefix='lightqwen-')) / name}"
+    return EngineEndpoint(address, secrets.token_bytes(32))
+
+
+class _Router:
+    """A bound ROUTER socket and the peers on it that know the secret, numbered from 0 in the order of their greeting."""
+
+    def __init__(self, endpoint: EngineEndpoint) -> None:
+        self._secret = endpoint.secret
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(endpoint.address)
+        self._identity_of: list[bytes] = []
+        self._peer_of: dict[bytes, int] = {}
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether something has arrived, waiting at most so long for it."""
+        return bool(self._socket.poll(int(timeout_s * 1000)))
+
+    def receive(self) -> Iterator[tuple[bytes, bytes]]:
+        """(identity, payload) of every message that has arrived."""
+        while True:
+            try:
+                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield identity, parts[-1] if parts else b""
+
+    def peer(self, identity: bytes) -> int | None:
+        return self._peer_of.get(identity)
+
+    def greet(self, identity: bytes, hello: Hello) -> int | None:
+        """Take a peer in if it knows the secret; returns its number."""
+        if not hmac.compare_digest(hello.secret, self._secret) or hello.version != PROTOCOL_VERSION:
+            return None
+        if identity not in self._peer_of:
+            self._peer_of[identity] = len(self._identity_of)
+            self._identity_of.append(identity)
+        return self._peer_of[identity]
+
+    def probe(self, identity: bytes) -> None:
+        """Ask a peer that has connected for its greeting."""
+        self._send_to(identity, b"")
+
+    def send(self, peer: int, payload: bytes) -> bool:
+        """Whether the peer is still there to get it."""
+        return self._send_to(self._identity_of[peer], payload)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def _send_to(self, identity: bytes, payload: bytes) -> bool:
+        try:
+            self._socket.send_multipart([identity, payload], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+
+class GatewayChannel:
+    """What the leader hears from gateways and tells them."""
+
+    def __init__(self, endpoint: EngineEndpoint) -> None:
+        self._router = _Router(endpoint)
+        self._decode = msgspec.msgpack.Decoder(ToLeader).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._router.wait(timeout_s)
+
+    def receive(self) -> Iterator[tuple[int, ToLeader]]:
+        """Every message that has arrived, with the number of its gateway. A `Hello` comes once per gateway."""
+        for identity, payload in self._router.receive():
+            gateway = self._router.peer(identity)
+            if not payload:
+                if gateway is None:
+                    self._router.probe(identity)
+                continue
+            message = self._decode(payload)
+            if isinstance(message, Hello):
+                newcomer = gateway is None
+                gateway = self._router.greet(identity, message)
+                if newcomer and gateway is not None:
+                    yield gateway, message
+            elif gateway is not None:
+                yield gateway, message
+
+    def send(self, gateway: int, message: ToGateway) -> bool:
+        """Whether the gateway is still there to get it."""
+        return self._router.send(gateway, self._encode(message))
+
+    def close(self) -> None:
+        self._router.close()
+
+
+class PlanSender:
+    """How the leader's plans reach the followers: frames, in order, none lost while both ends live."""
+
+    def __init__(self, endpoint: EngineEndpoint, num_followers: int) -> None:
+        self._router = _Router(endpoint)
+        self._num_followers = num_followers
+        self._decode = msgspec.msgpack.Decoder(Hello).decode
+
+    def gather(self) -> None:
+        """Wait until every follower has greeted. The supervisor ends this process if one never does."""
+        present: set[int] = set()
+        while len(present) < self._num_followers:
+            self._router.wait(1.0)
+            for identity, payload in self._router.receive():
+                follower = self._router.greet(identity, self._decode(payload))
+                if follower is not None:
+                    present.add(follower)
+
+    def send(self, frame: bytes) -> None:
+        for follower in range(self._num_followers):
+            self._router.send(follower, frame)
+
+
+class PlanReceiver:
+    """A follower's end."""
+
+    def __init__(self, endpoint: EngineEndpoint) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(endpoint.address)
+        self._socket.send(msgspec.msgpack.encode(Hello(secret=endpoint.secret)))
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        """The next frame, or None if none came in time."""
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        return self._socket.recv()

@@ -1,0 +1,75 @@
+"""What the engine can be told: every field is also a command-line option, an environment variable and a config-file key.
+
+`EngineConfig` is what the user asked for. What a rank finally runs with (numbers that depend on the device, the
+checkpoint and the free memory) is decided once, in `worker/runner.py`, and reported as `messages.EngineInfo`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class ConfigError(Exception):
+    """The engine cannot run as configured. The message is one line that names the thing and the remedy."""
+
+
+class EngineConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str = ""
+    """Folder of a Qwen3 checkpoint in Hugging Face format, or a hub id such as Qwen/Qwen3-0.6B. Empty: the bundled demo."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) when --model is a hub id."""
+    load_format: Literal["auto", "random"] = "auto"
+    """`auto` reads safetensors files; `random` makes weights of the right shapes from config.json alone (benchmarks)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run. `auto`: CUDA where a GPU is present, else the CPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights, activations and KV cache. `auto`: the checkpoint's on CUDA, float32 on the CPU."""
+    tensor_parallel_size: int = Field(1, ge=1, le=64)
+    """Number of ranks (GPUs) that share one model."""
+    attention_backend: Literal["auto", "torch", "triton", "flash"] = "auto"
+    """Attention implementation. `auto`: triton on CUDA, torch on the CPU."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest sequence (prompt + output) in tokens. Default: the checkpoint's, cut to what the KV cache holds."""
+    max_running: int | None = Field(None, ge=1, le=4096)
+    """Requests computed at the same time (slots). Default: 256 on CUDA, 64 on the CPU."""
+    max_batched_tokens: int | None = Field(None, ge=16)
+    """Tokens of one step at most; longer prompts are prefilled in chunks. Default: 8192 on CUDA, 1024 on the CPU."""
+    block_size: int = Field(64, ge=1, le=1024)
+    """Tokens of one KV block."""
+    num_blocks: int | None = Field(None, ge=1)
+    """KV blocks on each rank. Default: as many as --gpu-memory-utilization (or --cpu-kv-gib) allows."""
+    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0)
+    """Share of the GPU's memory for weights, activations and KV cache together."""
+    cpu_kv_gib: float = Field(1.0, gt=0.0)
+    """KV cache of one rank in GiB when running on the CPU."""
+    prefix_caching: bool = True
+    """Reuse KV blocks of equal prompt prefixes."""
+    cuda_graphs: bool = True
+    """Run decode steps as CUDA graphs (CUDA only). Off helps debugging."""
+    run_ahead: int | None = Field(None, ge=1, le=4)
+    """Steps in flight before the oldest is read back. Default: 2 on CUDA, 1 on the CPU."""
+    admission_watermark: float = Field(0.01, ge=0.0, lt=1.0)
+    """Share of the KV blocks kept free when a new request is admitted, so that running ones can grow."""
+    max_restarts: int = Field(3, ge=0)
+    """Times the ranks are started again within ten minutes after one died, before the server gives up."""
+    hang_timeout_s: float | None = Field(None, gt=0.0)
+    """A rank that makes no progress for so long counts as dead. Default: 60 on CUDA, 600 on the CPU."""
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"must be a power of two, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        if self.attention_backend == "triton" and self.device == "cpu":
+            raise ValueError("attention_backend=triton needs a GPU; use torch on the CPU")
+        if self.attention_backend == "flash" and self.device == "cpu":
+            raise ValueError("attention_backend=flash needs a GPU; use torch on the CPU")
+        return self

@@ -1,0 +1,112 @@
+"""The line between the supervisor and each process it started: who is ready, what failed, what happened to the engine.
+
+One duplex pipe per child, typed JSON on it, no pickle. The pipe is also how a child learns that its supervisor is gone:
+it reads end-of-file.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+
+import msgspec
+
+# ---- child -> supervisor ---------------------------------------------------------------------------------------------
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """One line about long work, such as loading weights. `done` of `total` where both are known."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+
+
+class Up(msgspec.Struct, frozen=True, tag="up"):
+    """The process does its work from now on. `facts` are for the ready line (address, KV blocks, ...)."""
+
+    facts: dict[str, str | int | float]
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The process gives up for a reason that a user can mend: one readable line. It exits with a code other than 0."""
+
+    reason: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """The process's loop turns; it has finished so many steps."""
+
+    steps: int
+
+
+# ---- supervisor -> child ---------------------------------------------------------------------------------------------
+
+
+class EngineLost(msgspec.Struct, frozen=True, tag="engine_lost"):
+    """The ranks died and are being started again: hold what runs, refuse what is new."""
+
+    reason: str
+
+
+class EngineDead(msgspec.Struct, frozen=True, tag="engine_dead"):
+    """The ranks will not come back: fail everything that runs."""
+
+    reason: str
+
+
+FromChild = Progress | Up | Fatal | Heartbeat
+ToChild = EngineLost | EngineDead
+
+_from_child = msgspec.json.Decoder(FromChild)
+_to_child = msgspec.json.Decoder(ToChild)
+_encode = msgspec.json.Encoder().encode
+
+
+class ChildEnd:
+    """What a child holds. `fileno()` is readable when the supervisor spoke or died."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, message: FromChild) -> None:
+        """Tell the supervisor. Says nothing if it is gone: then this process is about to end too."""
+        try:
+            self._connection.send_bytes(_encode(message))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def receive(self) -> ToChild | None:
+        """The next message, or None when the supervisor is gone. Blocks unless `fileno()` is readable."""
+        try:
+            return _to_child.decode(self._connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return None
+
+
+class SupervisorEnd:
+    """What the supervisor holds for one child."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def send(self, message: ToChild) -> None:
+        try:
+            self.connection.send_bytes(_encode(message))
+        except (BrokenPipeError, ConnectionResetError):
+            return  # its sentinel tells the rest
+
+    def receive(self) -> list[FromChild]:
+        """All messages that wait; never blocks."""
+        messages: list[FromChild] = []
+        try:
+            while self.connection.poll():
+                messages.append(_from_child.decode(self.connection.recv_bytes()))
+        except (EOFError, ConnectionResetError):
+            pass  # its sentinel tells the rest
+        return messages
+
+    def close(self) -> None:
+        self.connection.close()

@@ -1,0 +1,310 @@
+"""Runs planned steps on one rank's device: tables -> model -> sampler -> tables, captured as a CUDA graph where it can be.
+
+`launch` starts a step and returns; `collect` waits for the oldest one and gives its tokens. On a GPU the two are apart
+by the run-ahead depth; on the CPU `launch` does the work. Leader and followers run the same code on the same plans.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.config import Qwen3Config
+from model.inputs import StepInputs
+from model.parallel import TensorParallel
+from model.qwen3 import Qwen3ForCausalLM
+from model.sampler import sample
+from model.weights import load_model
+from worker.config import ConfigError, EngineConfig
+from worker.plan import StepPlan
+from worker.runtime import RuntimeConfig
+from worker.tables import SlotTables, upload
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, and of how much."""
+
+_RESERVE_BYTES = 512 << 20
+"""GPU memory left to what is not counted: CUDA graphs, communication buffers, cuBLAS workspaces."""
+
+
+def graph_sizes(max_running: int) -> list[int]:
+    """Row counts that get a graph of their own; a decode step is padded to the next one."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64)]
+    return [size for size in sizes if size < max_running] + [max_running]
+
+
+@dataclass(slots=True)
+class _Launched:
+    num_rows: int
+    tokens: torch.Tensor  # on the host
+    ready: torch.cuda.Event | None  # None: it is there already
+
+
+class _DecodeGraph:
+    """One captured decode step of a fixed number of rows; `inputs` is [slots | block updates] as int32."""
+
+    def __init__(self, size: int, inputs: torch.Tensor, graph: torch.cuda.CUDAGraph, tokens: torch.Tensor) -> None:
+        self.size = size
+        self._inputs = inputs
+        self._graph = graph
+        self._tokens = tokens
+
+    def replay(self, plan: StepPlan, scratch_slot: int) -> torch.Tensor:
+        """Run `plan` padded with dead rows; returns [size] int32 on the device, overwritten by the next replay."""
+        packed = np.zeros(4 * self.size, np.int32)
+        slots, updates = packed[: self.size], packed[self.size :].reshape(self.size, 3)
+        slots[: plan.num_rows] = plan.slots
+        slots[plan.num_rows :] = scratch_slot
+        updates[: len(plan.block_updates)] = plan.block_updates
+        updates[len(plan.block_updates) :, 0] = scratch_slot
+        self._inputs.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+        self._graph.replay()
+        return self._tokens
+
+
+class Runner:
+    """One rank's model, tables and KV cache.
+
+    kv_cache: [layers, 2, num_blocks, block_size, kv_heads, head_dim] in the model's dtype.
+    """
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, tables: SlotTables, kv_cache: torch.Tensor, runtime: RuntimeConfig
+    ) -> None:
+        self._model = model
+        self._tables = tables
+        self._kv_cache = kv_cache
+        self._runtime = runtime
+        self._graphs: list[_DecodeGraph] = []
+        self._in_flight: deque[_Launched] = deque()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._kv_cache.shape[2]
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step. On a GPU this returns while the device works."""
+        if len(plan.admissions):
+            self._tables.admit(plan)
+        graph = self._graph_for(plan)
+        if graph is not None:
+            tokens = graph.replay(plan, self._tables.scratch_slot)
+        else:
+            rows = plan.num_rows
+            packed = upload(
+                np.concatenate((plan.slots, plan.query_lens, plan.block_updates.reshape(-1))), self._runtime.device
+            )
+            if len(plan.block_updates):
+                self._tables.set_blocks(packed[2 * rows :].view(-1, 3))
+            tokens = self._step(packed[:rows].long(), packed[rows : 2 * rows], plan)
+        self._in_flight.append(self._to_host(tokens[: plan.num_rows]))
+
+    def collect(self) -> np.ndarray:
+        """Wait for the oldest step in flight: [rows] int32 tokens, as `SlotTables.retire` gives them."""
+        launched = self._in_flight.popleft()
+        if launched.ready is not None:
+            launched.ready.synchronize()
+        return launched.tokens.numpy()
+
+    def _step(self, slots: torch.Tensor, query_lens: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """The whole step on the device; returns [rows] int32."""
+        inputs, rows = self._tables.prepare(slots, query_lens, num_tokens=plan.num_tokens, plan=plan)
+        hidden = self._model(inputs, self._kv_cache)
+        logits = self._model.compute_logits(hidden[rows.last_tokens])
+        drawn = sample(logits, slots, self._tables.lengths(rows), self._tables.sampling)
+        return self._tables.retire(rows, drawn)
+
+    def _graph_for(self, plan: StepPlan) -> _DecodeGraph | None:
+        if not self._graphs or not plan.is_decode:
+            return None
+        needed = max(plan.num_rows, len(plan.block_updates))
+        return next((graph for graph in self._graphs if graph.size >= needed), None)
+
+    def _to_host(self, tokens: torch.Tensor) -> _Launched:
+        if tokens.device.type == "cpu":
+            return _Launched(len(tokens), tokens, None)
+        host = torch.empty(len(tokens), dtype=torch.int32, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return _Launched(len(tokens), host, ready)
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self, progress: Progress) -> None:
+        """Capture the decode steps, largest first so that the others fit into its memory."""
+        sizes = graph_sizes(self._runtime.max_running)
+        pool = torch.cuda.graph_pool_handle()
+        for done, size in enumerate(reversed(sizes)):
+            progress("capturing CUDA graphs", done, len(sizes))
+            self._graphs.append(self._capture_one(size, pool))
+        self._graphs.reverse()
+        torch.cuda.synchronize()
+
+    def _capture_one(self, size: int, pool: tuple[int, int]) -> _DecodeGraph:
+        inputs = torch.zeros(4 * size, dtype=torch.int32, device=self._runtime.device)
+        inputs[:size] = self._tables.scratch_slot
+        inputs[size::3] = self._tables.scratch_slot
+        query_lens = torch.ones(size, dtype=torch.int32, device=self._runtime.device)
+        plan = self._padding_plan(size)
+
+        def step() -> torch.Tensor:
+            self._tables.set_blocks(inputs[size:].view(size, 3))
+            return self._step(inputs[:size].long(), query_lens, plan)
+
+        step()  # compiles kernels and sets libraries up, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            tokens = step()
+        return _DecodeGraph(size, inputs, graph, tokens)
+
+    def _padding_plan(self, size: int) -> StepPlan:
+        """A decode step of dead rows, with the bounds that hold for every decode step."""
+        return StepPlan(
+            step=0,
+            slots=np.full(size, self._tables.scratch_slot, np.int32),
+            query_lens=np.ones(size, np.int32),
+            num_decode_rows=size,
+            max_query_len=1,
+            max_kv_len=self._runtime.max_model_len,
+            block_updates=np.empty((0, 3), np.int32),
+            admissions=np.empty(0),
+            admitted_ids=np.empty(0, np.int32),
+        )
+
+
+def build_runner(
+    config: EngineConfig, checkpoint: Qwen3Config, runtime: RuntimeConfig, tp: TensorParallel, progress: Progress
+) -> Runner:
+    """Load the model, size and allocate the KV cache, capture graphs.
+
+    Raises:
+        ModelError: the checkpoint cannot be used.
+        ConfigError: the memory does not hold one sequence.
+    """
+    model = load_model(
+        config.model,
+        checkpoint,
+        tp=tp,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        attention_backend=runtime.attention_backend,
+        block_size=runtime.block_size,
+        max_model_len=runtime.max_model_len,
+        load_format=config.load_format,
+        progress=lambda done, total: progress("loading weights", done, total),
+    )
+    tables = SlotTables(
+        num_slots=runtime.max_running,
+        max_model_len=runtime.max_model_len,
+        block_size=runtime.block_size,
+        vocab_size=checkpoint.vocab_size,
+        device=runtime.device,
+    )
+    shape_of_block = (runtime.block_size, checkpoint.kv_heads_per_rank(tp.size), checkpoint.head_dim)
+    block_bytes = checkpoint.num_hidden_layers * 2 * int(np.prod(shape_of_block)) * runtime.dtype.itemsize
+    progress("sizing the KV cache", 0, 0)
+    cache_of_one = torch.zeros(
+        (checkpoint.num_hidden_layers, 2, 1, *shape_of_block), dtype=runtime.dtype, device=runtime.device
+    )
+    num_blocks = config.num_blocks or _measure_blocks(config, runtime, model, tables, cache_of_one)
+    del cache_of_one
+    num_blocks = _agree(num_blocks, tp, runtime.device)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"no memory for one KV block of {block_bytes >> 10} KiB after weights and activations; "
+            "raise gpu_memory_utilization, lower max_batched_tokens, or use more GPUs"
+        )
+    kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
+    runner = Runner(model, tables, kv_cache, runtime)
+    if runtime.cuda_graphs:
+        runner.capture(progress)
+    return runner
+
+
+def _allocate(
+    layers: int, num_blocks: int, shape_of_block: tuple[int, ...], block_bytes: int, runtime: RuntimeConfig
+) -> torch.Tensor:
+    try:
+        # Zeros, not garbage: attention multiplies masked values by zero, and a NaN would survive that.
+        return torch.zeros((layers, 2, num_blocks, *shape_of_block), dtype=runtime.dtype, device=runtime.device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise ConfigError(
+            f"{num_blocks} KV blocks need {num_blocks * block_bytes / 2**30:.1f} GiB, which {runtime.device} does not have; "
+            "lower num_blocks"
+        ) from error
+
+
+def _agree(num_blocks: int, tp: TensorParallel, device: torch.device) -> int:
+    """The smallest of all ranks' numbers: a block must exist on every rank."""
+    if tp.group is None:
+        return num_blocks
+    smallest = torch.tensor([num_blocks], dtype=torch.int64, device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=tp.group)
+    return int(smallest.item())
+
+
+def _measure_blocks(
+    config: EngineConfig,
+    runtime: RuntimeConfig,
+    model: Qwen3ForCausalLM,
+    tables: SlotTables,
+    cache_of_one: torch.Tensor,
+) -> int:
+    """KV blocks that fit beside weights, tables and the largest step."""
+    block_bytes = cache_of_one.nbytes
+    if not runtime.on_gpu:
+        useful = runtime.max_running * tables.max_blocks  # more could never be held at once
+        return min(useful, int(config.cpu_kv_gib * 2**30) // block_bytes)
+    device = runtime.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    _largest_step(runtime, model, tables, cache_of_one)
+    torch.cuda.synchronize(device)
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free - int((1 - config.gpu_memory_utilization) * total) - step_bytes - _RESERVE_BYTES
+    logger.info(
+        "kv sizing free_gib=%.1f step_gib=%.2f usable_gib=%.1f", free / 2**30, step_bytes / 2**30, usable / 2**30
+    )
+    return max(0, usable // block_bytes)
+
+
+@torch.inference_mode()
+def _largest_step(
+    runtime: RuntimeConfig, model: Qwen3ForCausalLM, tables: SlotTables, cache_of_one: torch.Tensor
+) -> None:
+    """Run a step of the most tokens and rows that can come, all of them dead: its shapes, nothing read or written."""
+    device, rows, tokens = runtime.device, runtime.max_running, runtime.max_batched_tokens
+    inputs = StepInputs(
+        token_ids=torch.zeros(tokens, dtype=torch.int32, device=device),
+        positions=torch.zeros(tokens, dtype=torch.int32, device=device),
+        kv_slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
+        query_starts=torch.linspace(0, tokens, rows + 1, device=device).int(),
+        kv_lens=torch.zeros(rows, dtype=torch.int32, device=device),
+        block_tables=torch.zeros((rows, tables.max_blocks), dtype=torch.int32, device=device),
+        num_decode_rows=0,
+        max_query_len=tokens,
+        max_kv_len=runtime.max_model_len,
+    )
+    hidden = model(inputs, cache_of_one)
+    logits = model.compute_logits(hidden[:rows])
+    slots = torch.full((rows,), tables.scratch_slot, dtype=torch.int64, device=device)
+    sample(logits, slots, torch.ones(rows, dtype=torch.int32, device=device), tables.sampling)

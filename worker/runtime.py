@@ -1,0 +1,97 @@
+"""What a rank finally runs with: the one place that turns what was asked for into what will be done.
+
+Everything that depends on the device or the checkpoint is decided here, once, before anything large is allocated; only
+the number of KV blocks is measured later (`worker/runner.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.config import Qwen3Config
+from worker.config import ConfigError, EngineConfig
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    device: torch.device
+    dtype: torch.dtype
+    attention_backend: str
+    max_model_len: int
+    max_running: int
+    max_batched_tokens: int
+    block_size: int
+    cuda_graphs: bool
+    run_ahead: int
+    hang_timeout_s: float
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> RuntimeConfig:
+    """Decide every default for this rank.
+
+    Raises:
+        ConfigError: the machine or the checkpoint cannot do what was asked for.
+    """
+    device = _device(config, rank)
+    on_gpu = device.type == "cuda"
+    max_running = config.max_running or (256 if on_gpu else 64)
+    max_batched_tokens = config.max_batched_tokens or max(8192 if on_gpu else 1024, max_running)
+    if max_batched_tokens < max_running:
+        raise ConfigError(
+            f"max_batched_tokens={max_batched_tokens} is below max_running={max_running}: "
+            "a step must have room for one token of every running request"
+        )
+    backend = config.attention_backend
+    if backend == "auto":
+        backend = "triton" if on_gpu else "torch"
+    if not on_gpu and backend != "torch":
+        raise ConfigError(f"attention_backend={backend} needs a GPU; use attention_backend=torch on the CPU")
+    return RuntimeConfig(
+        device=device,
+        dtype=_dtype(config, checkpoint, on_gpu),
+        attention_backend=backend,
+        max_model_len=_max_model_len(config, checkpoint),
+        max_running=max_running,
+        max_batched_tokens=max_batched_tokens,
+        block_size=config.block_size,
+        cuda_graphs=config.cuda_graphs and on_gpu,
+        run_ahead=config.run_ahead or (2 if on_gpu else 1),
+        hang_timeout_s=config.hang_timeout_s or (60.0 if on_gpu else 600.0),
+    )
+
+
+def _device(config: EngineConfig, rank: int) -> torch.device:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cpu" or (config.device == "auto" and found == 0):
+        return torch.device("cpu")
+    if found < config.tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size={config.tensor_parallel_size} needs as many CUDA GPUs, {found} found; "
+            "lower it, make more GPUs visible (CUDA_VISIBLE_DEVICES), or use device=cpu"
+        )
+    return torch.device("cuda", rank)
+
+
+def _dtype(config: EngineConfig, checkpoint: Qwen3Config, on_gpu: bool) -> torch.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return _DTYPES[checkpoint.dtype] if on_gpu else torch.float32
+
+
+def _max_model_len(config: EngineConfig, checkpoint: Qwen3Config) -> int:
+    longest = checkpoint.max_context
+    wanted = config.max_model_len or longest
+    if wanted > longest:
+        raise ConfigError(
+            f"max_model_len={wanted} is beyond the checkpoint's {longest} positions; lower it, or give the checkpoint's "
+            "config.json a rope scaling (yarn) that reaches so far"
+        )
+    return wanted

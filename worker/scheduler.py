@@ -1,0 +1,578 @@
+"""Which sequences run, in which slot, on which blocks, and what the next step computes.
+
+The scheduler runs ahead: it plans step s+1 while step s is on the device, so it counts on tokens that it has not seen.
+Three lengths of a slot keep that straight:
+
+- `length`: tokens that exist once every planned step has run (the device knows them, the host may not yet),
+- `known`: tokens that the host has seen (steps that have retired),
+- `computed`: tokens whose keys and values are in the KV cache once every planned step has run.
+
+A sequence goes waiting -> running -> leaving -> gone. *Leaving* (finished, aborted or preempted) it runs no more but keeps
+its slot and blocks until the last step that was planned with it has retired; a preempted one then waits again. Nothing
+here touches a device, a socket or a clock that was not passed in.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from worker.blocks import BlockHasher, BlockId, BlockPool
+from worker.messages import (
+    MAX_STOP_IDS,
+    EngineStats,
+    Finished,
+    FinishReason,
+    SamplingParams,
+    Started,
+    Submit,
+    ids_from_bytes,
+)
+from worker.plan import ADMISSION, StepPlan
+
+NO_TOKEN = -1  # a row that samples nothing, or that was done before the step
+BROKEN_ROW = -2  # a row whose logits hold a NaN
+
+
+class RejectedError(Exception):
+    """The engine's door refuses a request; the message names what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What the engine was built for."""
+
+    vocab_size: int
+    max_model_len: int
+    max_running: int
+    max_batched_tokens: int  # at least max_running, so that every running sequence can decode in one step
+    block_size: int
+    num_blocks: int  # at least enough for one sequence of max_model_len
+    watermark_blocks: int
+    prefix_caching: bool
+
+
+class Phase(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    LEAVING = enum.auto()
+    GONE = enum.auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """One request inside the engine. While it has a slot, its tokens are in the scheduler's tables."""
+
+    owner: int  # the gateway
+    number: int  # the gateway's name for it
+    arrival: int
+    ids: np.ndarray  # [known tokens] int32, as of the last time that it began to wait
+    num_prompt: int
+    max_length: int
+    min_length: int
+    full_reason: FinishReason  # what reaching max_length means
+    sampling: SamplingParams
+    eos_ids: frozenset[int]
+    stop_ids: tuple[int, ...]  # all ids that end it, eos_ids included
+    salt_digest: bytes
+    shares_blocks: bool
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    blocks: list[BlockId] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of its first full blocks
+    started: bool = False
+    preemptions: int = 0
+    requeue: bool = False  # leaving to wait again
+    farewell: Finished | None = None  # to be said when its blocks are free
+
+
+@dataclass(slots=True, kw_only=True)
+class PlannedStep:
+    """A plan, and what the scheduler must remember of it until it retires."""
+
+    plan: StepPlan
+    samples: np.ndarray  # [rows] bool: the row draws a token
+    computed_after: np.ndarray  # [rows] int32
+
+
+@dataclass(slots=True, kw_only=True)
+class RetiredStep:
+    """The tokens of a step that somebody waits for: parallel arrays."""
+
+    owners: np.ndarray  # [n] int32
+    numbers: np.ndarray  # [n] int64
+    tokens: np.ndarray  # [n] int32
+
+
+@dataclass(slots=True)
+class Notices:
+    """What happened to sequences since the leader last asked, with their owners."""
+
+    started: list[tuple[int, Started]] = field(default_factory=list)
+    finished: list[tuple[int, Finished]] = field(default_factory=list)
+
+
+class Scheduler:
+    def __init__(self, limits: SchedulerLimits, *, hash_key: bytes, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._hasher = BlockHasher(hash_key)
+        self._pool = BlockPool(limits.num_blocks)
+        self._sequences: dict[tuple[int, int], Sequence] = {}
+        self._waiting: list[tuple[int, Sequence]] = []  # a heap by arrival; sequences that are GONE are skipped
+        self._leaving: list[Sequence] = []
+        self._arrivals = 0
+        self._num_waiting = 0
+        self._waiting_tokens = 0
+        self._notices = Notices()
+
+        slots = limits.max_running
+        self._sequence_in: list[Sequence | None] = [None] * slots
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._running = np.empty(0, np.int32)  # slots of the running sequences, in order of arrival
+        self._computed = np.zeros(slots, np.int32)
+        self._length = np.zeros(slots, np.int32)
+        self._known = np.zeros(slots, np.int32)
+        self._max_length = np.zeros(slots, np.int32)
+        self._num_blocks = np.zeros(slots, np.int32)
+        self._num_registered = np.zeros(slots, np.int32)  # full blocks that the prefix index has seen
+        self._last_step = np.full(slots, -1, np.int64)  # the last one planned with the slot
+        self._listening = np.zeros(slots, np.bool_)  # somebody wants the slot's tokens
+        self._owner = np.zeros(slots, np.int32)
+        self._number = np.zeros(slots, np.int64)
+        self._stop_ids = np.full((slots, MAX_STOP_IDS), -1, np.int32)
+        self._ids = np.zeros((slots, limits.max_model_len), np.int32)
+
+        self._next_step = 0
+        self._retired_step = -1
+        self._preemptions = 0
+        self._prefix_queried = 0
+        self._prefix_hits = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def submit(self, owner: int, request: Submit) -> None:
+        """Let a request wait for its turn; one that the engine's door refuses gets its `Finished` at once."""
+        prompt, output = ids_from_bytes(request.prompt), ids_from_bytes(request.output)
+        try:
+            self._check(owner, request, prompt, output)
+        except RejectedError as error:
+            refused = Finished(request.request, FinishReason.REJECTED, detail=str(error))
+            self._notices.finished.append((owner, refused))
+            return
+        wanted = len(prompt) + request.max_tokens
+        sequence = Sequence(
+            owner=owner,
+            number=request.request,
+            arrival=self._arrivals,
+            ids=np.concatenate((prompt, output)),
+            num_prompt=len(prompt),
+            max_length=min(wanted, self.limits.max_model_len),
+            min_length=len(prompt) + request.min_tokens,
+            full_reason=FinishReason.MAX_TOKENS
+            if wanted <= self.limits.max_model_len
+            else FinishReason.CONTEXT_FULL,
+            sampling=request.sampling,
+            eos_ids=frozenset(request.eos_ids),
+            stop_ids=tuple(dict.fromkeys((*request.eos_ids, *request.stop_ids))),
+            salt_digest=self._hasher.root(request.cache_salt),
+            shares_blocks=request.use_prefix_cache and self.limits.prefix_caching,
+        )
+        self._arrivals += 1
+        self._sequences[owner, sequence.number] = sequence
+        self._wait(sequence)
+
+    def abort(self, owner: int, number: int) -> None:
+        """Give a request up in whatever state it is. Its `Finished` follows when its blocks are free."""
+        sequence = self._sequences.get((owner, number))
+        if sequence is None:
+            return
+        farewell = Finished(number, FinishReason.ABORTED, preemptions=sequence.preemptions)
+        if sequence.phase is Phase.WAITING:
+            self._stop_waiting(sequence)
+            sequence.phase = Phase.GONE
+            del self._sequences[owner, number]
+            self._notices.finished.append((owner, farewell))
+        elif sequence.phase is Phase.RUNNING or sequence.requeue:
+            self._leave(sequence, requeue=False)
+            sequence.farewell = farewell
+            self._listening[sequence.slot] = False
+
+    def abort_owner(self, owner: int) -> None:
+        """Give up everything that one gateway asked for."""
+        for number in [s.number for s in self._sequences.values() if s.owner == owner]:
+            self.abort(owner, number)
+
+    def flush_cache(self) -> int:
+        """Forget the prefix cache; returns the number of blocks forgotten."""
+        return self._pool.flush()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step may be planned now or after a retirement."""
+        return bool(self._sequences)
+
+    def take_notices(self) -> Notices:
+        notices, self._notices = self._notices, Notices()
+        return notices
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            step=self._retired_step + 1,
+            running=len(self._running),
+            waiting=self._num_waiting,
+            waiting_tokens=self._waiting_tokens,
+            blocks_used=self._pool.num_held,
+            blocks_cached=self._pool.num_cached,
+            blocks_total=self._pool.num_blocks,
+            preemptions=self._preemptions,
+            prefix_queried_tokens=self._prefix_queried,
+            prefix_hit_tokens=self._prefix_hits,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> PlannedStep | None:
+        """Decide the next step: every decode that has room, then prefill chunks, then newcomers, within the budget."""
+        self._release_left()
+        updates: list[tuple[int, int, int]] = []
+        budget = self.limits.max_batched_tokens
+        decodes = self._grow(self._due(single=True), updates)
+        chunk_slots: list[int] = []
+        chunk_lens: list[int] = []
+        budget -= len(decodes)
+        for slot in self._due(single=False).tolist():
+            if budget == 0:
+                break
+            chunk_slots.append(slot)
+            chunk_lens.append(min(int(self._length[slot] - self._computed[slot]), budget))
+            budget -= chunk_lens[-1]
+        admitted: list[Sequence] = []
+        while budget > 0 and (sequence := self._admit(updates)) is not None:
+            admitted.append(sequence)
+            chunk_slots.append(sequence.slot)
+            chunk_lens.append(min(int(self._length[sequence.slot] - self._computed[sequence.slot]), budget))
+            budget -= chunk_lens[-1]
+        if len(decodes) + len(chunk_slots) == 0:
+            return None
+        return self._commit_plan(decodes, chunk_slots, chunk_lens, updates, admitted)
+
+    def _due(self, *, single: bool) -> np.ndarray:
+        """Running slots with exactly one token to compute, or with more."""
+        running = self._running
+        remaining = self._length[running] - self._computed[running]
+        wanted = (remaining == 1) if single else (remaining > 1)
+        return running[wanted & (self._computed[running] < self._max_length[running] - 1)]
+
+    def _commit_plan(
+        self,
+        decodes: np.ndarray,
+        chunk_slots: list[int],
+        chunk_lens: list[int],
+        updates: list[tuple[int, int, int]],
+        admitted: list[Sequence],
+    ) -> PlannedStep:
+        slots = np.concatenate((decodes, np.array(chunk_slots, np.int32)))
+        query_lens = np.concatenate((np.ones(len(decodes), np.int32), np.array(chunk_lens, np.int32)))
+        computed_after = self._computed[slots] + query_lens
+        samples = computed_after == self._length[slots]
+        self._computed[slots] = computed_after
+        self._length[slots] += samples
+        step = self._next_step
+        self._next_step += 1
+        self._last_step[slots] = step
+        plan = StepPlan(
+            step=step,
+            slots=slots,
+            query_lens=query_lens,
+            num_decode_rows=len(decodes),
+            max_query_len=max(chunk_lens, default=1),
+            max_kv_len=int(computed_after.max()),
+            block_updates=np.array(updates, np.int32).reshape(-1, 3),
+            admissions=np.array([self._admission(sequence) for sequence in admitted], ADMISSION),
+            admitted_ids=np.concatenate([s.ids for s in admitted]) if admitted else np.empty(0, np.int32),
+        )
+        return PlannedStep(plan=plan, samples=samples, computed_after=computed_after)
+
+    def _grow(self, slots: np.ndarray, updates: list[tuple[int, int, int]]) -> np.ndarray:
+        """Give a block to each slot whose next token needs one, preempting where none is left.
+
+        Returns the slots that can run now. With steps in flight a victim's blocks come free only when these have
+        retired, so a slot may have to sit out a step.
+        """
+        needy = slots[self._computed[slots] // self.limits.block_size >= self._num_blocks[slots]]
+        short = [slot for slot in needy.tolist() if not self._append_block(slot, updates)]
+        while short and len(self._running) > 1 and self._num_blocks_coming() < len(short):
+            self._preempt(int(self._running[np.argmin(self._computed[self._running])]))
+            self._release_left()
+            short = [s for s in short if s in self._running and not self._append_block(s, updates)]
+        if len(needy) == 0:
+            return slots
+        return slots[np.isin(slots, self._running) & ~np.isin(slots, np.array(short, np.int32))]
+
+    def _append_block(self, slot: int, updates: list[tuple[int, int, int]]) -> bool:
+        if self._pool.num_free == 0:
+            return False
+        sequence = self._in_slot(slot)
+        (block,) = self._pool.allocate(1)
+        updates.append((slot, len(sequence.blocks), block))
+        sequence.blocks.append(block)
+        self._num_blocks[slot] += 1
+        return True
+
+    def _num_blocks_coming(self) -> int:
+        return sum(len(sequence.blocks) for sequence in self._leaving)
+
+    def _preempt(self, slot: int) -> None:
+        sequence = self._in_slot(slot)
+        sequence.preemptions += 1
+        self._preemptions += 1
+        self._leave(sequence, requeue=True)
+
+    def _admit(self, updates: list[tuple[int, int, int]]) -> Sequence | None:
+        """Give the longest waiting sequence a slot and the blocks for all its tokens, if both are there."""
+        while self._waiting and self._waiting[0][1].phase is not Phase.WAITING:
+            heapq.heappop(self._waiting)
+        if not self._waiting or not self._free_slots:
+            return None
+        sequence = self._waiting[0][1]
+        cached = self._pool.find(sequence.digests) if sequence.shares_blocks else []
+        missing = math.ceil(len(sequence.ids) / self.limits.block_size) - len(cached)
+        left = self._pool.num_free - self._pool.count_cached(cached) - missing
+        if left < (self.limits.watermark_blocks if len(self._running) else 0):
+            return None
+        heapq.heappop(self._waiting)
+        self._stop_waiting(sequence)
+        self._pool.hold(cached)
+        sequence.blocks = cached + self._pool.allocate(missing)
+        self._seat(sequence, num_cached=len(cached) * self.limits.block_size)
+        updates.extend((sequence.slot, index, block) for index, block in enumerate(sequence.blocks))
+        return sequence
+
+    def _seat(self, sequence: Sequence, num_cached: int) -> None:
+        """Put a sequence into a slot, with its first `num_cached` tokens computed."""
+        slot = sequence.slot = self._free_slots.pop()
+        known = len(sequence.ids)
+        self._sequence_in[slot] = sequence
+        self._computed[slot] = num_cached
+        self._length[slot] = self._known[slot] = known
+        self._max_length[slot] = sequence.max_length
+        self._num_blocks[slot] = len(sequence.blocks)
+        self._num_registered[slot] = num_cached // self.limits.block_size
+        self._last_step[slot] = -1
+        self._listening[slot] = True
+        self._owner[slot], self._number[slot] = sequence.owner, sequence.number
+        self._stop_ids[slot] = -1
+        self._stop_ids[slot, : len(sequence.stop_ids)] = sequence.stop_ids
+        self._ids[slot, :known] = sequence.ids
+        sequence.phase = Phase.RUNNING
+        self._set_running()
+        if sequence.shares_blocks:
+            self._prefix_queried += known
+            self._prefix_hits += num_cached
+        self._prompt_tokens += known - num_cached
+        if not sequence.started:
+            sequence.started = True
+            started = Started(sequence.number, num_cached, self._clock())
+            self._notices.started.append((sequence.owner, started))
+
+    def _admission(self, sequence: Sequence) -> tuple[object, ...]:
+        sampling = sequence.sampling
+        stop_ids = sequence.stop_ids + (-1,) * (MAX_STOP_IDS - len(sequence.stop_ids))
+        return (
+            sequence.slot,
+            len(sequence.ids),
+            sequence.num_prompt,
+            int(self._num_registered[sequence.slot]) * self.limits.block_size,
+            sequence.max_length,
+            sequence.min_length,
+            sampling.top_k,
+            int(sampling.penalizes),
+            sampling.seed - (1 << 64) if sampling.seed >= 1 << 63 else sampling.seed,  # the same 64 bits, signed
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            sampling.repetition_penalty,
+            stop_ids,
+        )
+
+    # -- retiring ------------------------------------------------------------------------------------------------------
+
+    def retire(self, planned: PlannedStep, tokens: np.ndarray) -> RetiredStep:
+        """Take in what a step produced: tokens [rows] int32, NO_TOKEN or BROKEN_ROW where there is none."""
+        slots = planned.plan.slots
+        listening = self._listening[slots]
+        self._register_blocks(slots[listening], planned.computed_after[listening])
+        drawn = listening & planned.samples & (tokens >= 0)
+        heard, new = slots[drawn], tokens[drawn]
+        self._ids[heard, self._known[heard]] = new
+        self._known[heard] += 1
+        self._generated_tokens += len(new)
+        retired = RetiredStep(owners=self._owner[heard], numbers=self._number[heard], tokens=new)
+        stopped = (new[:, None] == self._stop_ids[heard]).any(axis=1)
+        full = self._known[heard] == self._max_length[heard]
+        for i in np.flatnonzero(stopped | full).tolist():
+            self._finish_with_token(self._in_slot(int(heard[i])), int(new[i]), stopped=bool(stopped[i]))
+        for slot in slots[listening & planned.samples & (tokens == BROKEN_ROW)].tolist():
+            sequence = self._in_slot(slot)
+            self._finish(sequence, FinishReason.BROKEN, detail="the model's output for this request is not a number")
+        self._retired_step = planned.plan.step
+        self._release_left()
+        return retired
+
+    def _register_blocks(self, slots: np.ndarray, computed: np.ndarray) -> None:
+        """Enter blocks that a retired step has filled into the prefix index."""
+        full = computed // self.limits.block_size
+        for i in np.flatnonzero(full > self._num_registered[slots]).tolist():
+            sequence = self._in_slot(int(slots[i]))
+            first, last = int(self._num_registered[slots[i]]), int(full[i])
+            self._num_registered[slots[i]] = last
+            if not sequence.shares_blocks:
+                continue
+            self._extend_digests(sequence, self._ids[slots[i], : last * self.limits.block_size])
+            for index in range(first, last):
+                self._pool.register(sequence.blocks[index], sequence.digests[index])
+
+    def _finish_with_token(self, sequence: Sequence, token: int, *, stopped: bool) -> None:
+        if not stopped:
+            self._finish(sequence, sequence.full_reason)
+        elif token in sequence.eos_ids:
+            self._finish(sequence, FinishReason.EOS, stop_id=token)
+        else:
+            self._finish(sequence, FinishReason.STOP_TOKEN, stop_id=token)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, *, stop_id: int = -1, detail: str = "") -> None:
+        finished = Finished(
+            sequence.number, reason, stop_id=stop_id, preemptions=sequence.preemptions, detail=detail
+        )
+        self._notices.finished.append((sequence.owner, finished))
+        self._listening[sequence.slot] = False
+        self._leave(sequence, requeue=False)
+
+    # -- waiting, leaving ----------------------------------------------------------------------------------------------
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.WAITING
+        sequence.requeue = False
+        sequence.slot = -1
+        if sequence.shares_blocks:
+            # The last token must be computed even if all before it are cached: its logits are wanted.
+            self._extend_digests(sequence, sequence.ids[:-1])
+        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        self._num_waiting += 1
+        self._waiting_tokens += len(sequence.ids)
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        self._num_waiting -= 1
+        self._waiting_tokens -= len(sequence.ids)
+
+    def _leave(self, sequence: Sequence, *, requeue: bool) -> None:
+        sequence.requeue = requeue
+        if sequence.phase is Phase.RUNNING:
+            sequence.phase = Phase.LEAVING
+            self._leaving.append(sequence)
+            self._set_running()
+
+    def _release_left(self) -> None:
+        """Free the slots and blocks of those whose last step has retired."""
+        still: list[Sequence] = []
+        left, self._leaving = self._leaving, still
+        for sequence in left:
+            slot = sequence.slot
+            if self._last_step[slot] > self._retired_step:
+                still.append(sequence)
+                continue
+            self._pool.release(sequence.blocks)
+            sequence.blocks = []
+            self._sequence_in[slot] = None
+            self._listening[slot] = False
+            self._free_slots.append(slot)
+            if sequence.requeue:
+                sequence.ids = self._ids[slot, : self._known[slot]].copy()
+                self._wait(sequence)
+                continue
+            sequence.phase = Phase.GONE
+            del self._sequences[sequence.owner, sequence.number]
+            if sequence.farewell is not None:
+                self._notices.finished.append((sequence.owner, sequence.farewell))
+
+    def _set_running(self) -> None:
+        running = [s for s in self._sequence_in if s is not None and s.phase is Phase.RUNNING]
+        running.sort(key=lambda sequence: sequence.arrival)
+        self._running = np.array([sequence.slot for sequence in running], np.int32)
+
+    def _in_slot(self, slot: int) -> Sequence:
+        sequence = self._sequence_in[slot]
+        if sequence is None:
+            raise AssertionError(f"slot {slot} is empty")
+        return sequence
+
+    def _extend_digests(self, sequence: Sequence, ids: np.ndarray) -> None:
+        """Make `digests` cover every full block of `ids`, the sequence's first tokens."""
+        size = self.limits.block_size
+        digests = sequence.digests
+        for index in range(len(digests), len(ids) // size):
+            parent = digests[-1] if digests else sequence.salt_digest
+            digests.append(self._hasher.extend(parent, ids[index * size : (index + 1) * size]))
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check(self, owner: int, request: Submit, prompt: np.ndarray, output: np.ndarray) -> None:
+        """The engine's door: what would break a step if a gateway let it through."""
+        if (owner, request.request) in self._sequences:
+            raise RejectedError(f"request number {request.request} is running already")
+        vocab = self.limits.vocab_size
+        sampling = request.sampling
+        stop_ids = (*request.eos_ids, *request.stop_ids)
+        for ids, what in ((prompt, "prompt"), (output, "output"), (np.array(stop_ids, np.int64), "stop")):
+            if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
+                raise RejectedError(f"a {what} token id is outside the vocabulary of {vocab}")
+        if len(prompt) == 0:
+            raise RejectedError("the prompt is empty")
+        if len(prompt) >= self.limits.max_model_len:
+            raise RejectedError(f"a prompt of {len(prompt)} tokens leaves no room in {self.limits.max_model_len}")
+        if not (0 <= request.min_tokens <= request.max_tokens and request.max_tokens > len(output)):
+            raise RejectedError("max_tokens or min_tokens contradict each other or the output so far")
+        if len(prompt) + len(output) >= self.limits.max_model_len:
+            raise RejectedError("the output so far fills the context")
+        if len(set(stop_ids)) > MAX_STOP_IDS:
+            raise RejectedError(f"more than {MAX_STOP_IDS} stop ids")
+        floats = (
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            sampling.repetition_penalty,
+        )
+        if not all(math.isfinite(value) for value in floats):
+            raise RejectedError("a sampling parameter is not finite")
+        if sampling.temperature < 0 or sampling.repetition_penalty <= 0 or not 0 <= sampling.seed < 1 << 64:
+            raise RejectedError("temperature, repetition_penalty or seed is out of range")
+        if not (0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1 and 0 <= sampling.top_k < 1 << 31):
+            raise RejectedError("top_p, min_p or top_k is out of range")
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, slots and phases agree with each other. For tests and idle moments."""
+        seated = [s for s in self._sequence_in if s is not None]
+        self._pool.check(block for s in seated for block in s.blocks)
+        if len(seated) + len(self._free_slots) != self.limits.max_running:
+            raise AssertionError("a slot is lost or given twice")
+        if {id(s) for s in seated if s.phase is Phase.LEAVING} != {id(s) for s in self._leaving}:
+            raise AssertionError("a leaving sequence is lost")
+        waiting = [s for s in self._sequences.values() if s.phase is Phase.WAITING]
+        if len(waiting) + len(seated) != len(self._sequences) or len(waiting) != self._num_waiting:
+            raise AssertionError("a sequence is lost")
+        if sum(len(s.ids) for s in waiting) != self._waiting_tokens:
+            raise AssertionError("waiting tokens are miscounted")
