@@ -20,7 +20,7 @@ class StepInputs:
 
     token_ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
-    kv_slots: torch.Tensor  # [tokens] int64: block * block_size + offset where the token's key and value go; -1: nowhere
+    kv_slots: torch.Tensor  # [tokens] int64: block * block_size + offset where key and value go; -1: nowhere
     query_starts: torch.Tensor  # [rows + 1] first token of each row
     kv_lens: torch.Tensor  # [rows] keys that the row's last query sees, this step's included
     block_tables: torch.Tensor  # [rows, max_blocks] KV block of each block_size tokens; entries past kv_len are garbage

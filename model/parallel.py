@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# torch 2.13 renamed it and warns about the old name; 2.11 has only that.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
@@ -32,5 +35,5 @@ class TensorParallel:
             return x
         rows, width = x.shape
         parts = torch.empty((self.size, rows, width), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts.view(self.size * rows, width), x.contiguous(), group=self.group)
+        _all_gather_into(parts.view(self.size * rows, width), x.contiguous(), group=self.group)
         return parts.transpose(0, 1).reshape(rows, self.size * width)

@@ -1,0 +1,85 @@
+"""Attention in plain torch: the backend of the CPU.
+
+Row by row: a row's keys and values are gathered from their blocks into a buffer that stays in the processor's cache,
+then read once by torch's fused attention. Padding all rows to the longest and gathering them together was slower from
+16 rows of a few hundred tokens on, and a row computed alone cannot depend on its neighbours. Lengths are read back to
+the host, so on a GPU this cannot be part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model.inputs import StepInputs
+
+
+class TorchAttention:
+    """Implements `AttentionBackend`; see there. Not for several threads at once: they would share its buffers."""
+
+    capturable = False
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._group = num_heads // num_kv_heads  # query heads that share a KV head
+        self._scale = scale
+        self._block_size = block_size
+        self._gathered = torch.empty(2, 0, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+
+    def forward(
+        self, q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
+    ) -> torch.Tensor:
+        """Return [tokens, heads, head_dim]; zeros for dead rows and for tokens of no row."""
+        out = torch.zeros_like(q)
+        starts = inputs.query_starts.tolist()
+        for row, kv_len in enumerate(inputs.kv_lens.tolist()):
+            if kv_len:
+                queries = slice(starts[row], starts[row + 1])
+                keys, values = self._gather(key_cache, value_cache, inputs.block_tables[row], kv_len)
+                out[queries] = self._attend(q[queries], keys, values)
+        return out
+
+    def _gather(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor, block_table: torch.Tensor, kv_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a row's keys and values in order, each [kv_len, kv_heads, head_dim], valid until the next call."""
+        num_blocks = -(-kv_len // self._block_size)
+        if num_blocks > self._gathered.shape[1]:
+            # Kept, and grown by doubling: fresh memory of this size costs more in page faults than the copy into it.
+            self._gathered = self._gathered.new_empty(2, 2 * num_blocks, *self._gathered.shape[2:])
+        keys, values = self._gathered[:, :num_blocks].unbind(0)
+        torch.index_select(key_cache, 0, block_table[:num_blocks], out=keys)
+        torch.index_select(value_cache, 0, block_table[:num_blocks], out=values)
+        return keys.flatten(0, 1)[:kv_len], values.flatten(0, 1)[:kv_len]
+
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend from the newest tokens of one row, [queries, heads, head_dim], to all of it."""
+        num_queries, num_heads, head_dim = q.shape
+        keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+        if num_queries == 1:
+            # The query heads of a group stand where queries of one head would: no key is copied for them.
+            grouped = q.view(1, -1, self._group, head_dim)
+            return F.scaled_dot_product_attention(grouped, keys, values, scale=self._scale).view(1, num_heads, head_dim)
+        kv_len = keys.shape[2]
+        mask = None
+        if num_queries < kv_len:
+            mask = torch.ones(num_queries, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - num_queries)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
+            enable_gqa=self._group > 1,
+        )
+        return attended.squeeze(0).transpose(0, 1)

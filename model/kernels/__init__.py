@@ -1,0 +1,6 @@
+"""The model's Triton kernels, each beside a plain torch reference of the same signature.
+
+Every module here holds, for an operation `foo`: the kernel, its launcher `foo_triton`, the reference `foo_torch` that
+defines what the kernel must compute, and `foo`, which picks one by where its input lies. `runtime.py` is the only place
+that imports Triton.
+"""

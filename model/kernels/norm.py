@@ -1,0 +1,110 @@
+"""RMSNorm, alone and fused with the residual addition before it."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton gives annotations a meaning of its own, so that pointers in kernels have comments instead.)
+
+from __future__ import annotations
+
+import torch
+
+from model.kernels.runtime import jit, tl, triton, use_triton
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return weight * x / sqrt(mean(x²) + eps) over the last dimension.
+
+    x: [n, d], weight: [d]. Computed in float32 and rounded to x's dtype before the weight is applied, which is where
+    transformers' Qwen3RMSNorm rounds.
+    """
+    return (rms_norm_triton if use_triton(x) else rms_norm_torch)(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (rms_norm(x + residual), x + residual), the sum rounded to x's dtype before it is normed.
+
+    x, residual: [n, d], weight: [d]. Neither input is written.
+    """
+    return (add_rms_norm_triton if use_triton(x) else add_rms_norm_torch)(x, residual, weight, eps)
+
+
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm_torch(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return rms_norm_torch(total, weight, eps), total
+
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    normed = torch.empty_like(x)
+    _launch(x, x, weight, normed, normed, eps, add_residual=False)
+    return normed
+
+
+def add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, total = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, residual, weight, normed, total, eps, add_residual=True)
+    return normed, total
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    normed: torch.Tensor,
+    total: torch.Tensor,
+    eps: float,
+    *,
+    add_residual: bool,
+) -> None:
+    rows, width = x.shape
+    assert all(tensor.is_contiguous() for tensor in (x, residual)), "rms_norm reads contiguous rows"
+    block = triton.next_power_of_2(width)
+    _rms_norm_kernel[(rows,)](
+        x,
+        residual,
+        weight,
+        normed,
+        total,
+        eps,
+        WIDTH=width,
+        BLOCK=block,
+        ADD_RESIDUAL=add_residual,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+
+
+@jit
+def _rms_norm_kernel(
+    x_ptr,  # [rows, WIDTH]
+    residual_ptr,  # [rows, WIDTH], read only with ADD_RESIDUAL
+    weight_ptr,  # [WIDTH]
+    normed_ptr,  # [rows, WIDTH]
+    total_ptr,  # [rows, WIDTH], written only with ADD_RESIDUAL
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD_RESIDUAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    dtype = normed_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD_RESIDUAL:
+        x += tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total_ptr + row + columns, x.to(dtype), mask=mask)
+        x = x.to(dtype).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    normed = weight * (x * scale).to(dtype).to(tl.float32)
+    tl.store(normed_ptr + row + columns, normed.to(dtype), mask=mask)

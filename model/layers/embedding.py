@@ -1,0 +1,58 @@
+"""The two ends of the model, token ids to vectors and vectors to logits, with the vocabulary split over the ranks.
+
+A vocabulary that does not divide by the number of ranks is padded at its end; nothing outside this file sees that.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
+from model.parallel import TensorParallel
+
+
+class _VocabParallel(ShardedModule):
+    """A [vocab, hidden] table of which this rank holds equally many rows as every other."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._tp = tp
+        self._vocab_size = vocab_size
+        rows = -(-vocab_size // tp.size)
+        self._first = min(tp.rank * rows, vocab_size)
+        self._count = min(rows, vocab_size - self._first)  # fewer than `rows` where the shard is padded
+        self.weight = empty_parameter(rows, hidden_size, dtype=dtype, device=device)
+
+    def shard(self, parameter: str, part: Part | None = None) -> Shard:
+        """Return this rank's rows; padding rows belong to no tensor and are never read from."""
+        hidden_size = self.weight.shape[1]
+        return Shard(
+            full_shape=(self._vocab_size, hidden_size),
+            source=(slice(self._first, self._first + self._count), slice(0, hidden_size)),
+            target=self.get_parameter(parameter).narrow(0, 0, self._count),
+        )
+
+
+class VocabParallelEmbedding(_VocabParallel):
+    """Token ids to hidden states."""
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[tokens] ids to [tokens, hidden], the same on every rank."""
+        if self._tp.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self._first
+        elsewhere = (local < 0) | (local >= self._count)
+        hidden_states = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self._tp.all_reduce(hidden_states.masked_fill_(elsewhere.unsqueeze(-1), 0.0))
+
+
+class ParallelLMHead(_VocabParallel):
+    """Hidden states to logits."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to contiguous [rows, vocab_size], the same on every rank."""
+        logits = self._tp.all_gather_last(F.linear(hidden_states, self.weight))
+        return logits[:, : self._vocab_size].contiguous()

@@ -1,0 +1,251 @@
+"""Qwen3, dense: the forward pass of one tensor-parallel rank, from token ids to logits.
+
+Reads like the architecture: pre-norm decoder layers of grouped-query attention with per-head q/k norms and a SwiGLU
+MLP. What a step is about arrives as one explicit `StepInputs`; keys and values live in a cache that the caller owns.
+Nothing here waits for the device or depends on the values of tensors, so a decode step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from model.attention import AttentionBackend
+from model.config import Qwen3Config
+from model.inputs import StepInputs
+from model.kernels.rope_kv import qk_norm_rope_store
+from model.layers import (
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    Part,
+    QKVParallelLinear,
+    RMSNorm,
+    RotaryEmbedding,
+    RowParallelLinear,
+    SiluAndMul,
+    VocabParallelEmbedding,
+)
+from model.parallel import TensorParallel
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention over the paged KV cache; q and k are normed per head and rotated first."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        rotary_emb: RotaryEmbedding,
+        attention: AttentionBackend,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads // tp.size
+        self.num_kv_heads = config.kv_heads_per_rank(tp.size)
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self.rotary_emb = rotary_emb
+        self.attn = attention
+
+    def forward(self, hidden_states: torch.Tensor, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] to the same; kv_cache: [2, num_blocks, block_size, kv_heads, head_dim] of this layer."""
+        key_cache, value_cache = kv_cache.unbind(0)
+        q = qk_norm_rope_store(
+            self.qkv_proj(hidden_states),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.rotary_emb.cos_sin,
+            inputs.positions,
+            inputs.kv_slots,
+            key_cache,
+            value_cache,
+            self.num_heads,
+            self.num_kv_heads,
+            self.q_norm.eps,
+        )
+        attended = self.attn.forward(q, key_cache, value_cache, inputs)
+        return self.o_proj(attended.flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), with gate and up in one projection."""
+
+    def __init__(self, config: Qwen3Config, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size, [intermediate_size] * 2, bias=False, tp=tp, dtype=dtype, device=device
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, bias=False, tp=tp, dtype=dtype, device=device
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] to the same."""
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm. The residual stream travels beside the hidden states, so that adding to it
+    and norming it are one operation."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        rotary_emb: RotaryEmbedding,
+        attention: AttentionBackend,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.self_attn = Qwen3Attention(config, rotary_emb, attention, tp=tp, dtype=dtype, device=device)
+        self.mlp = Qwen3MLP(config, tp=tp, dtype=dtype, device=device)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        inputs: StepInputs,
+        kv_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (hidden_states, residual), both [tokens, hidden]; their sum is the layer's output.
+
+        `residual` is None for the first layer, whose hidden states are the embeddings.
+        """
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(hidden_states, inputs, kv_cache)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, decoder layers and the last norm."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        attention: AttentionBackend,
+        *,
+        max_model_len: int,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device
+        )
+        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim, max_model_len, device=device)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, self.rotary_emb, attention, tp=tp, dtype=dtype, device=device)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states after the last norm: [tokens, hidden]."""
+        hidden_states = self.embed_tokens(inputs.token_ids)
+        residual: torch.Tensor | None = None
+        for layer, layer_cache in zip(self.layers, kv_cache.unbind(0), strict=True):
+            hidden_states, residual = layer(hidden_states, residual, inputs, layer_cache)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Qwen3 with its language-modelling head; one rank's part of it.
+
+    Args:
+        attention: computes attention for every layer, with this rank's head counts.
+        max_model_len: longest sequence in tokens; positions are below it.
+        tp: this rank's place. `config.check_parallel(tp.size)` must have passed.
+        dtype: of weights, activations and KV cache.
+        device: where parameters are made, without values. On `meta` the model has shapes only, until `materialize`.
+    """
+
+    packed_modules_mapping: ClassVar[Mapping[str, tuple[str, Part]]] = MappingProxyType(
+        {
+            "q_proj": ("qkv_proj", "q"),
+            "k_proj": ("qkv_proj", "k"),
+            "v_proj": ("qkv_proj", "v"),
+            "gate_proj": ("gate_up_proj", 0),
+            "up_proj": ("gate_up_proj", 1),
+        }
+    )
+    """Name in the checkpoint -> (module that holds it, which part of that module's weight)."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        attention: AttentionBackend,
+        *,
+        max_model_len: int,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config, attention, max_model_len=max_model_len, tp=tp, dtype=dtype, device=device)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
+        self._tie_weights()
+
+    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Run one step: write its keys and values into the cache and return its hidden states.
+
+        kv_cache: [layers, 2, num_blocks, block_size, kv_heads of this rank, head_dim], keys at 0 and values at 1.
+        Returns [tokens, hidden] in the model's dtype, the same on every rank.
+        """
+        return self.model(inputs, kv_cache)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to [rows, vocab_size] in the model's dtype, contiguous, the same on every rank."""
+        return self.lm_head(hidden_states)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a decode step may be captured in a CUDA graph; the attention backend decides."""
+        return bool(self.model.layers[0].self_attn.attn.capturable)
+
+    def materialize(self, device: torch.device) -> None:
+        """Give a model made on `meta` memory on `device`; its weights then hold no values yet."""
+        self.to_empty(device=device)
+        self._tie_weights()
+        self.model.rotary_emb.reset()
+
+    def _tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight

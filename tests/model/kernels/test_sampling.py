@@ -1,0 +1,116 @@
+"""The sampling kernels draw the tokens that `sample_torch`, their definition, draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from model.kernels.sampling import sample_triton
+from model.sampler import SamplingTables, sample_torch
+from tests.model.kernels.comparing import ON_GPU
+
+VOCAB = 151_936 if ON_GPU else 1_500
+SLOTS = 16
+ROWS = 64 if ON_GPU else 12
+
+
+def mixed_tables(device: torch.device) -> SamplingTables:
+    """Return tables in which every slot samples in its own way."""
+    tables = SamplingTables.allocate(SLOTS, VOCAB, 3, device)
+    tables.seed.copy_(torch.randint(-(2**63), 2**63 - 1, (SLOTS,)))
+    tables.temperature[1:] = torch.linspace(0.3, 1.5, SLOTS - 1)
+    tables.top_k[2], tables.top_k[3], tables.top_k[9] = 20, 1, VOCAB // 3
+    tables.top_p[4], tables.top_p[5], tables.top_p[2] = 0.9, 0.0, 0.95
+    tables.min_p[6], tables.min_p[7], tables.min_p[2] = 0.1, 1.0, 0.01
+    tables.presence[8], tables.frequency[8], tables.repetition[8] = 0.7, 0.3, 1.2
+    tables.frequency[0] = 1.5
+    tables.counts[8] = torch.randint(0, 6, (VOCAB,), dtype=torch.int32)
+    tables.counts[0] = torch.randint(0, 6, (VOCAB,), dtype=torch.int32)
+    tables.stop_ids[10] = torch.tensor([5, VOCAB - 1, -1])
+    tables.min_length[10] = 100
+    tables.temperature[11] = 1e-6
+    tables.top_k[11] = 5
+    return tables
+
+
+def make_logits(rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    logits = (3 * torch.randn(rows, VOCAB)).to(dtype)
+    logits[:, 5] += 40 * (torch.arange(rows) % SLOTS == 10)
+    return logits.to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_the_reference_tokens(triton_device: torch.device, dtype: torch.dtype) -> None:
+    """In bfloat16 many logits tie, at the k-th value too."""
+    tables = mixed_tables(triton_device)
+    slots = torch.arange(ROWS, device=triton_device) % SLOTS
+    lengths = torch.randint(1, 90, (ROWS,), dtype=torch.int32, device=triton_device)
+    logits = make_logits(ROWS, dtype, triton_device)
+    tokens = sample_triton(logits, slots, lengths, tables)
+    expected = sample_torch(logits, slots, lengths, tables)
+    assert tokens.dtype == expected.dtype == torch.int32
+    assert tokens.tolist() == expected.tolist()
+    assert 5 not in tokens[slots == 10].tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_unusable_logits_give_minus_one(triton_device: torch.device, bad: float) -> None:
+    tables = mixed_tables(triton_device)
+    slots = torch.tensor([0, 1, 2, 1], device=triton_device)
+    lengths = torch.full((4,), 7, dtype=torch.int32, device=triton_device)
+    logits = make_logits(4, torch.float32, triton_device)
+    for row, token in enumerate((0, VOCAB // 2, VOCAB - 1)):
+        logits[row, token] = bad
+    tokens = sample_triton(logits, slots, lengths, tables)
+    assert tokens[:3].tolist() == [-1, -1, -1]
+    assert tokens[3] == sample_torch(logits, slots, lengths, tables)[3] >= 0
+
+
+def test_rows_of_nothing_but_minus_infinity(triton_device: torch.device) -> None:
+    tables = mixed_tables(triton_device)
+    slots = torch.tensor([0, 1, 2, 4], device=triton_device)
+    lengths = torch.ones(4, dtype=torch.int32, device=triton_device)
+    logits = torch.full((4, VOCAB), -math.inf, device=triton_device)
+    assert sample_triton(logits, slots, lengths, tables).tolist() == [0, 0, 0, 0]
+
+
+def test_ties_go_to_the_lowest_id(triton_device: torch.device) -> None:
+    tables = SamplingTables.allocate(1, VOCAB, 1, triton_device)
+    logits = torch.zeros(2, VOCAB, device=triton_device)
+    logits[1, [VOCAB - 1, 1_030, 70]] = 1.0
+    slots = torch.zeros(2, dtype=torch.int64, device=triton_device)
+    assert sample_triton(logits, slots, slots.int(), tables).tolist() == [0, 70]
+
+
+def test_a_token_depends_on_neither_row_nor_batch(triton_device: torch.device) -> None:
+    """The small batch is cut into other tiles than the large one."""
+    tables = mixed_tables(triton_device)
+    rows = 17
+    slots = torch.ones(rows, dtype=torch.int64, device=triton_device)
+    slots[0], slots[13] = 2, 4
+    lengths = torch.arange(rows, dtype=torch.int32, device=triton_device)
+    logits = make_logits(rows, torch.float32, triton_device)
+    together = sample_triton(logits, slots, lengths, tables)
+    few = torch.tensor([13, 0, 4], device=triton_device)
+    assert sample_triton(logits[few], slots[few], lengths[few], tables).tolist() == together[few].tolist()
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(triton_device: torch.device) -> None:
+    """Parameters that change between replays are followed."""
+    tables = mixed_tables(triton_device)
+    slots = torch.arange(ROWS, device=triton_device) % SLOTS
+    lengths = torch.ones(ROWS, dtype=torch.int32, device=triton_device)
+    logits = make_logits(ROWS, torch.bfloat16, triton_device)
+    sample_triton(logits, slots, lengths, tables)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = sample_triton(logits, slots, lengths, tables)
+    for _ in range(3):
+        lengths += 1
+        slots.copy_(slots.roll(1))
+        logits.copy_(make_logits(ROWS, torch.bfloat16, triton_device))
+        graph.replay()
+        assert tokens.tolist() == sample_torch(logits, slots, lengths, tables).tolist()
