@@ -1,8 +1,8 @@
 """KV blocks: who holds which, and which free ones still hold something worth finding again.
 
-A block is in exactly one of three places: *held* by one or more sequences (its reference count), *cached* (free, but its
-content is in the prefix index and it can be revived), or *empty* (free, nothing in it). Cached blocks are evicted least
-recently used first, and only when no empty one is left. Every operation is O(1) per block.
+A block is in exactly one of three places: *held* by one or more sequences (its reference count), *cached* (free, but
+its content is in the prefix index and it can be revived), or *empty* (free, nothing in it). Cached blocks are evicted
+least recently used first, and only when no empty one is left. Every operation is O(1) per block.
 
 This file knows nothing of steps in flight: the scheduler frees a sequence's blocks only after the last step that used
 them has retired.
@@ -35,7 +35,8 @@ class BlockHasher:
 
     def extend(self, parent: bytes, ids: np.ndarray) -> bytes:
         """The digest of the block that holds `ids` ([block_size] int32) and follows `parent`."""
-        return hashlib.blake2b(parent + ids.tobytes(), digest_size=DIGEST_BYTES, key=self._key, person=b"block").digest()
+        content = parent + ids.tobytes()
+        return hashlib.blake2b(content, digest_size=DIGEST_BYTES, key=self._key, person=b"block").digest()
 
 
 class BlockPool:
@@ -93,7 +94,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[BlockId]) -> None:
-        """Drop a holder. Of one sequence's blocks the last are evicted first: a prefix is useful longer than its tail."""
+        """Drop a holder. Of one sequence's blocks the last are evicted first: a prefix outlives its tail."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] < 0:
@@ -109,6 +110,13 @@ class BlockPool:
         if digest not in self._block_of and block not in self._digest_of:
             self._block_of[digest] = block
             self._digest_of[block] = digest
+
+    def forget(self, blocks: Iterable[BlockId]) -> None:
+        """Let held blocks not be found any more."""
+        for block in blocks:
+            digest = self._digest_of.pop(block, None)
+            if digest is not None:
+                del self._block_of[digest]
 
     def flush(self) -> int:
         """Forget all content; held blocks stay with their holders. Returns the number of blocks forgotten."""

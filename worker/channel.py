@@ -36,10 +36,11 @@ def private_endpoint(name: str) -> EngineEndpoint:
 
 
 class _Router:
-    """A bound ROUTER socket and the peers on it that know the secret, numbered from 0 in the order of their greeting."""
+    """A bound ROUTER socket and the peers on it that know the secret, numbered from 0 in the order of greeting."""
 
     def __init__(self, endpoint: EngineEndpoint) -> None:
         self._secret = endpoint.secret
+        self._decode_hello = msgspec.msgpack.Decoder(Hello).decode
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -63,21 +64,30 @@ class _Router:
                 return
             yield identity, parts[-1] if parts else b""
 
+    @property
+    def num_peers(self) -> int:
+        return len(self._identity_of)
+
     def peer(self, identity: bytes) -> int | None:
         return self._peer_of.get(identity)
 
-    def greet(self, identity: bytes, hello: Hello) -> int | None:
-        """Take a peer in if it knows the secret; returns its number."""
+    def greet(self, identity: bytes, payload: bytes) -> int | None:
+        """Take a stranger in if this is the greeting of one who knows the secret; returns its number.
+
+        An empty message is the probe of one that has just connected: it is asked for its greeting.
+        """
+        if not payload:
+            self._send_to(identity, b"")
+            return None
+        try:
+            hello = self._decode_hello(payload)
+        except msgspec.MsgspecError:
+            return None  # anybody on this machine can connect and say anything
         if not hmac.compare_digest(hello.secret, self._secret) or hello.version != PROTOCOL_VERSION:
             return None
-        if identity not in self._peer_of:
-            self._peer_of[identity] = len(self._identity_of)
-            self._identity_of.append(identity)
+        self._peer_of[identity] = len(self._identity_of)
+        self._identity_of.append(identity)
         return self._peer_of[identity]
-
-    def probe(self, identity: bytes) -> None:
-        """Ask a peer that has connected for its greeting."""
-        self._send_to(identity, b"")
 
     def send(self, peer: int, payload: bytes) -> bool:
         """Whether the peer is still there to get it."""
@@ -112,18 +122,14 @@ class GatewayChannel:
         """Every message that has arrived, with the number of its gateway. A `Hello` comes once per gateway."""
         for identity, payload in self._router.receive():
             gateway = self._router.peer(identity)
-            if not payload:
-                if gateway is None:
-                    self._router.probe(identity)
-                continue
-            message = self._decode(payload)
-            if isinstance(message, Hello):
-                newcomer = gateway is None
-                gateway = self._router.greet(identity, message)
-                if newcomer and gateway is not None:
+            if gateway is None:
+                gateway = self._router.greet(identity, payload)
+                if gateway is not None:
+                    yield gateway, self._decode(payload)
+            elif payload:
+                message = self._decode(payload)
+                if not isinstance(message, Hello):
                     yield gateway, message
-            elif gateway is not None:
-                yield gateway, message
 
     def send(self, gateway: int, message: ToGateway) -> bool:
         """Whether the gateway is still there to get it."""
@@ -139,17 +145,14 @@ class PlanSender:
     def __init__(self, endpoint: EngineEndpoint, num_followers: int) -> None:
         self._router = _Router(endpoint)
         self._num_followers = num_followers
-        self._decode = msgspec.msgpack.Decoder(Hello).decode
 
     def gather(self) -> None:
         """Wait until every follower has greeted. The supervisor ends this process if one never does."""
-        present: set[int] = set()
-        while len(present) < self._num_followers:
+        while self._router.num_peers < self._num_followers:
             self._router.wait(1.0)
             for identity, payload in self._router.receive():
-                follower = self._router.greet(identity, self._decode(payload))
-                if follower is not None:
-                    present.add(follower)
+                if self._router.peer(identity) is None:
+                    self._router.greet(identity, payload)
 
     def send(self, frame: bytes) -> None:
         for follower in range(self._num_followers):

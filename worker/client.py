@@ -7,6 +7,7 @@ produced. Losing every rank therefore loses no request. asyncio; never blocks; n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import time
@@ -68,7 +69,7 @@ class EngineFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineEndpoint:
-    """Where the leader listens, and the secret that it wants to hear first. Made by the supervisor, private and random."""
+    """Where the leader listens, and the secret that it wants to hear first. The supervisor makes it up at random."""
 
     address: str
     secret: bytes
@@ -202,18 +203,19 @@ class EngineClient:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        # A leader that starts again must be greeted again: a probe tells it that this peer is there.
+        # A leader that starts again must be greeted again: a probe tells it that this peer is there. ZeroMQ probes once
+        # for each queue to a peer, and only with IMMEDIATE does the queue end with the connection.
         self._socket.setsockopt(zmq.PROBE_ROUTER, 1)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(self._endpoint.address)
         asyncio.get_running_loop().add_reader(self._socket.FD, self._drain)
-        self._send(Hello(secret=self._endpoint.secret))
 
     def close(self) -> None:
         """Say goodbye; the leader aborts whatever still runs for this gateway."""
         if self._socket is None or self._context is None:
             return
         asyncio.get_running_loop().remove_reader(self._socket.FD)
-        self._socket.send(self._encode(Goodbye()))
+        self._send(Goodbye())
         self._socket.close()
         self._context.term()
         self._socket = None
@@ -319,7 +321,8 @@ class EngineClient:
     def _send(self, message: ToLeader) -> None:
         if self._socket is None:
             return
-        self._socket.send(self._encode(message), zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):  # nobody is there; whoever comes is told all that still matters
+            self._socket.send(self._encode(message), zmq.NOBLOCK)
         # Sending may consume the edge that announces incoming messages (ZMQ_FD is edge-triggered): look again.
         asyncio.get_running_loop().call_soon(self._drain)
 
@@ -333,7 +336,7 @@ class EngineClient:
             if data:
                 self._receive(self._decode(data))
             else:  # a leader's probe: it has just come up and has not heard our secret
-                self._socket.send(self._encode(Hello(secret=self._endpoint.secret)), zmq.NOBLOCK)
+                self._send(Hello(secret=self._endpoint.secret))
 
     def _receive(self, message: ToGateway) -> None:
         if isinstance(message, Outputs):

@@ -1,4 +1,4 @@
-"""What the engine can be told: every field is also a command-line option, an environment variable and a config-file key.
+"""What the engine can be told: each field is also a command-line option, an environment variable, a config-file key.
 
 `EngineConfig` is what the user asked for. What a rank finally runs with (numbers that depend on the device, the
 checkpoint and the free memory) is decided once, in `worker/runner.py`, and reported as `messages.EngineInfo`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class ConfigError(Exception):
@@ -19,11 +19,11 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = ""
-    """Folder of a Qwen3 checkpoint in Hugging Face format, or a hub id such as Qwen/Qwen3-0.6B. Empty: the bundled demo."""
+    """Folder of a Qwen3 checkpoint in Hugging Face format, or a hub id such as Qwen/Qwen3-0.6B. Empty: the demo's."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) when --model is a hub id."""
     load_format: Literal["auto", "random"] = "auto"
-    """`auto` reads safetensors files; `random` makes weights of the right shapes from config.json alone (benchmarks)."""
+    """`auto` reads safetensors files; `random` makes weights from config.json alone (for benchmarks)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run. `auto`: CUDA where a GPU is present, else the CPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -65,11 +65,3 @@ class EngineConfig(BaseModel):
         if value & (value - 1):
             raise ValueError(f"must be a power of two, got {value}")
         return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> EngineConfig:
-        if self.attention_backend == "triton" and self.device == "cpu":
-            raise ValueError("attention_backend=triton needs a GPU; use torch on the CPU")
-        if self.attention_backend == "flash" and self.device == "cpu":
-            raise ValueError("attention_backend=flash needs a GPU; use torch on the CPU")
-        return self

@@ -57,8 +57,8 @@ class EngineDead(msgspec.Struct, frozen=True, tag="engine_dead"):
 FromChild = Progress | Up | Fatal | Heartbeat
 ToChild = EngineLost | EngineDead
 
-_from_child = msgspec.json.Decoder(FromChild)
-_to_child = msgspec.json.Decoder(ToChild)
+_from_child: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
+_to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)
 _encode = msgspec.json.Encoder().encode
 
 

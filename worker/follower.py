@@ -1,4 +1,4 @@
-"""Every rank but the first: replay the leader's plans, in order, nothing else. It decides nothing and answers nobody."""
+"""Every rank but the first: replay the leader's plans in order, nothing else. It decides nothing, answers nobody."""
 
 from __future__ import annotations
 

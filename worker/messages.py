@@ -79,7 +79,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class FlushCache(msgspec.Struct, frozen=True, tag="flush"):
-    """Forget every cached KV block that no running sequence holds."""
+    """Forget the prefix cache: what running sequences hold stays with them, but nobody finds it any more."""
 
     ticket: int
 
@@ -110,7 +110,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Gauges, and counters since the epoch began. Sent with every step that has something for a gateway, and when idle."""
+    """Gauges, and counters since the epoch began. Sent with all that a step has for a gateway, and when idle."""
 
     step: int = 0
     running: int = 0

@@ -1,7 +1,7 @@
 """A plan: what the leader decided for one step, as a few KB of integers that every rank replays.
 
-On the wire it is one frame: a header of int32, then the arrays one after the other. Both ends run the same code from the
-same installation; `VERSION` catches the case that they do not.
+On the wire it is one frame: a header, then the arrays one after the other. Both ends run the same code from the same
+installation; `VERSION` catches the case that they do not.
 """
 
 from __future__ import annotations

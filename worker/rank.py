@@ -50,7 +50,7 @@ class RankSpec:
 
 
 def run_rank(spec: RankSpec, control: ChildEnd) -> int:
-    """Run until the process is ended; returns an exit code only when it cannot go on for a reason that a user can mend."""
+    """Run until the process is ended; returns, with an exit code, only when a user must mend something first."""
     try:
         turn = _prepare(spec, control)
     except (ModelError, ConfigError) as error:
@@ -165,7 +165,7 @@ def _join(spec: RankSpec, runtime: RuntimeConfig) -> TensorParallel:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if runtime.on_gpu else "gloo",
-        store=dist.FileStore(spec.rendezvous, size),
+        init_method=f"file://{spec.rendezvous}",
         rank=spec.rank,
         world_size=size,
         timeout=JOIN_TIMEOUT,

@@ -1,4 +1,4 @@
-"""Runs planned steps on one rank's device: tables -> model -> sampler -> tables, captured as a CUDA graph where it can be.
+"""Runs planned steps on one rank's device: tables -> model -> sampler -> tables, as a CUDA graph where it can be one.
 
 `launch` starts a step and returns; `collect` waits for the oldest one and gives its tokens. On a GPU the two are apart
 by the run-ahead depth; on the CPU `launch` does the work. Leader and followers run the same code on the same plans.
@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,7 @@ class Runner:
         self._kv_cache = kv_cache
         self._runtime = runtime
         self._graphs: list[_DecodeGraph] = []
+        self._single_queries = torch.ones(runtime.max_running, dtype=torch.int32, device=runtime.device)
         self._in_flight: deque[_Launched] = deque()
 
     @property
@@ -121,7 +123,11 @@ class Runner:
 
     def _step(self, slots: torch.Tensor, query_lens: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """The whole step on the device; returns [rows] int32."""
-        inputs, rows = self._tables.prepare(slots, query_lens, num_tokens=plan.num_tokens, plan=plan)
+        # On a GPU the bound of the graphs, so that attention splits its rows in the same way with or without one.
+        max_kv_len = self._runtime.max_model_len if self._runtime.on_gpu else plan.max_kv_len
+        inputs, rows = self._tables.prepare(
+            slots, query_lens, num_tokens=plan.num_tokens, max_kv_len=max_kv_len, plan=plan
+        )
         hidden = self._model(inputs, self._kv_cache)
         logits = self._model.compute_logits(hidden[rows.last_tokens])
         drawn = sample(logits, slots, self._tables.lengths(rows), self._tables.sampling)
@@ -138,7 +144,7 @@ class Runner:
             return _Launched(len(tokens), tokens, None)
         host = torch.empty(len(tokens), dtype=torch.int32, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         return _Launched(len(tokens), host, ready)
 
@@ -155,11 +161,11 @@ class Runner:
         self._graphs.reverse()
         torch.cuda.synchronize()
 
-    def _capture_one(self, size: int, pool: tuple[int, int]) -> _DecodeGraph:
+    def _capture_one(self, size: int, pool: Any) -> _DecodeGraph:
         inputs = torch.zeros(4 * size, dtype=torch.int32, device=self._runtime.device)
         inputs[:size] = self._tables.scratch_slot
         inputs[size::3] = self._tables.scratch_slot
-        query_lens = torch.ones(size, dtype=torch.int32, device=self._runtime.device)
+        query_lens = self._single_queries[:size]  # a graph reads where its tensors lay: they must outlive it
         plan = self._padding_plan(size)
 
         def step() -> torch.Tensor:
@@ -232,7 +238,7 @@ def build_runner(
         )
     kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
     runner = Runner(model, tables, kv_cache, runtime)
-    if runtime.cuda_graphs:
+    if runtime.cuda_graphs and model.capturable:
         runner.capture(progress)
     return runner
 
@@ -245,8 +251,8 @@ def _allocate(
         return torch.zeros((layers, 2, num_blocks, *shape_of_block), dtype=runtime.dtype, device=runtime.device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise ConfigError(
-            f"{num_blocks} KV blocks need {num_blocks * block_bytes / 2**30:.1f} GiB, which {runtime.device} does not have; "
-            "lower num_blocks"
+            f"{num_blocks} KV blocks need {num_blocks * block_bytes / 2**30:.1f} GiB, "
+            f"which {runtime.device} does not have; lower num_blocks"
         ) from error
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.attention import resolve_backend
 from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
@@ -38,7 +39,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     """Decide every default for this rank.
 
     Raises:
-        ConfigError: the machine or the checkpoint cannot do what was asked for.
+        ConfigError, ModelError: the machine or the checkpoint cannot do what was asked for.
     """
     device = _device(config, rank)
     on_gpu = device.type == "cuda"
@@ -49,15 +50,10 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
             f"max_batched_tokens={max_batched_tokens} is below max_running={max_running}: "
             "a step must have room for one token of every running request"
         )
-    backend = config.attention_backend
-    if backend == "auto":
-        backend = "triton" if on_gpu else "torch"
-    if not on_gpu and backend != "torch":
-        raise ConfigError(f"attention_backend={backend} needs a GPU; use attention_backend=torch on the CPU")
     return RuntimeConfig(
         device=device,
         dtype=_dtype(config, checkpoint, on_gpu),
-        attention_backend=backend,
+        attention_backend=resolve_backend(config.attention_backend, device),
         max_model_len=_max_model_len(config, checkpoint),
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
@@ -91,7 +87,7 @@ def _max_model_len(config: EngineConfig, checkpoint: Qwen3Config) -> int:
     wanted = config.max_model_len or longest
     if wanted > longest:
         raise ConfigError(
-            f"max_model_len={wanted} is beyond the checkpoint's {longest} positions; lower it, or give the checkpoint's "
-            "config.json a rope scaling (yarn) that reaches so far"
+            f"max_model_len={wanted} is beyond the checkpoint's {longest} positions; lower it, or give the "
+            "checkpoint's config.json a rope scaling (yarn) that reaches so far"
         )
     return wanted

@@ -7,9 +7,9 @@ Three lengths of a slot keep that straight:
 - `known`: tokens that the host has seen (steps that have retired),
 - `computed`: tokens whose keys and values are in the KV cache once every planned step has run.
 
-A sequence goes waiting -> running -> leaving -> gone. *Leaving* (finished, aborted or preempted) it runs no more but keeps
-its slot and blocks until the last step that was planned with it has retired; a preempted one then waits again. Nothing
-here touches a device, a socket or a clock that was not passed in.
+A sequence goes waiting -> running -> leaving -> gone. *Leaving* (finished, aborted or preempted) it runs no more but
+keeps its slot and blocks until the last step that was planned with it has retired; a preempted one then waits again.
+Nothing here touches a device, a socket or a clock that was not passed in.
 """
 
 from __future__ import annotations
@@ -168,17 +168,16 @@ class Scheduler:
             self._notices.finished.append((owner, refused))
             return
         wanted = len(prompt) + request.max_tokens
+        max_length = min(wanted, self.limits.max_model_len)
         sequence = Sequence(
             owner=owner,
             number=request.request,
             arrival=self._arrivals,
             ids=np.concatenate((prompt, output)),
             num_prompt=len(prompt),
-            max_length=min(wanted, self.limits.max_model_len),
-            min_length=len(prompt) + request.min_tokens,
-            full_reason=FinishReason.MAX_TOKENS
-            if wanted <= self.limits.max_model_len
-            else FinishReason.CONTEXT_FULL,
+            max_length=max_length,
+            min_length=min(len(prompt) + request.min_tokens, max_length),
+            full_reason=FinishReason.MAX_TOKENS if wanted == max_length else FinishReason.CONTEXT_FULL,
             sampling=request.sampling,
             eos_ids=frozenset(request.eos_ids),
             stop_ids=tuple(dict.fromkeys((*request.eos_ids, *request.stop_ids))),
@@ -312,7 +311,10 @@ class Scheduler:
         needy = slots[self._computed[slots] // self.limits.block_size >= self._num_blocks[slots]]
         short = [slot for slot in needy.tolist() if not self._append_block(slot, updates)]
         while short and len(self._running) > 1 and self._num_blocks_coming() < len(short):
-            self._preempt(int(self._running[np.argmin(self._computed[self._running])]))
+            victim = int(self._running[np.argmin(self._computed[self._running])])
+            self._preempt(victim)
+            # Its slot and blocks may go to others in this very step: a block table's entry is written once a step.
+            updates[:] = [update for update in updates if update[0] != victim]
             self._release_left()
             short = [s for s in short if s in self._running and not self._append_block(s, updates)]
         if len(needy) == 0:
@@ -426,6 +428,7 @@ class Scheduler:
             self._finish_with_token(self._in_slot(int(heard[i])), int(new[i]), stopped=bool(stopped[i]))
         for slot in slots[listening & planned.samples & (tokens == BROKEN_ROW)].tolist():
             sequence = self._in_slot(slot)
+            self._pool.forget(sequence.blocks)  # whoever shared them would be broken too
             self._finish(sequence, FinishReason.BROKEN, detail="the model's output for this request is not a number")
         self._retired_step = planned.plan.step
         self._release_left()
@@ -453,9 +456,7 @@ class Scheduler:
             self._finish(sequence, FinishReason.STOP_TOKEN, stop_id=token)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, *, stop_id: int = -1, detail: str = "") -> None:
-        finished = Finished(
-            sequence.number, reason, stop_id=stop_id, preemptions=sequence.preemptions, detail=detail
-        )
+        finished = Finished(sequence.number, reason, stop_id=stop_id, preemptions=sequence.preemptions, detail=detail)
         self._notices.finished.append((sequence.owner, finished))
         self._listening[sequence.slot] = False
         self._leave(sequence, requeue=False)
@@ -532,12 +533,16 @@ class Scheduler:
         """The engine's door: what would break a step if a gateway let it through."""
         if (owner, request.request) in self._sequences:
             raise RejectedError(f"request number {request.request} is running already")
+        if not 0 <= request.request < 1 << 63:
+            raise RejectedError(f"request number {request.request} is out of range")
         vocab = self.limits.vocab_size
         sampling = request.sampling
         stop_ids = (*request.eos_ids, *request.stop_ids)
-        for ids, what in ((prompt, "prompt"), (output, "output"), (np.array(stop_ids, np.int64), "stop")):
-            if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
+        for ids, what in ((prompt, "prompt"), (output, "output")):
+            if len(ids) and (ids.min() < 0 or ids.max() >= vocab):
                 raise RejectedError(f"a {what} token id is outside the vocabulary of {vocab}")
+        if any(not 0 <= token < vocab for token in stop_ids):
+            raise RejectedError(f"a stop token id is outside the vocabulary of {vocab}")
         if len(prompt) == 0:
             raise RejectedError("the prompt is empty")
         if len(prompt) >= self.limits.max_model_len:

@@ -1,8 +1,8 @@
 """Starts the gateway and the ranks, watches them, brings the ranks back when one dies, and ends everything.
 
-The supervisor computes nothing and listens nowhere. It knows three ways to lose a rank: its process ended (sentinel), its
-loop stopped turning (heartbeat), or it said that it cannot go on (`Fatal`). Ranks come and go together, since none can
-work without the others; the gateway lives on and sends them again what was running. A gateway that dies takes its
+The supervisor computes nothing and listens nowhere. It knows three ways to lose a rank: its process ended (sentinel),
+its loop stopped turning (heartbeat), or it said that it cannot go on (`Fatal`). Ranks come and go together, since none
+can work without the others; the gateway lives on and sends them again what was running. A gateway that dies takes its
 connections along, so then everything ends and whoever started the server starts it anew.
 """
 
@@ -142,6 +142,7 @@ class _Supervisor:
 
     def _start_ranks(self) -> None:
         import torch.multiprocessing  # here, so that the gateway's process starts meanwhile
+
         from worker.rank import RankSpec
 
         self._epoch += 1
@@ -225,20 +226,24 @@ class _Supervisor:
         now = time.monotonic()
         for rank in self._ranks:
             if not rank.process.is_alive():
-                self._hear(rank)
-                return self._ranks_lost(gateway, rank, rank.how_it_ended)
+                return self._ranks_lost(gateway, rank.how_it_ended)
             if now - rank.last_beat > rank.hang_timeout_s:
-                return self._ranks_lost(gateway, rank, f"{rank.name} made no progress for {rank.hang_timeout_s:.0f} s")
+                return self._ranks_lost(gateway, f"{rank.name} made no progress for {rank.hang_timeout_s:g} s")
         return None
 
-    def _ranks_lost(self, gateway: _Child, rank: _Child, reason: str) -> None:
-        first_start = self._epoch == 1 and not all(other.up for other in self._ranks)
+    def _ranks_lost(self, gateway: _Child, reason: str) -> None:
+        first_start = self._epoch == 1 and not all(rank.up for rank in self._ranks)
+        for rank in self._ranks:
+            self._hear(rank)
+        # One that gave up takes the others along, which may be seen first: its own words say why.
+        fatal = next((rank.fatal for rank in self._ranks if rank.fatal is not None), None)
         self._kill_ranks()
         if first_start:
-            if rank.fatal is not None:
-                raise ConfigError(rank.fatal)
+            if fatal is not None:
+                raise ConfigError(fatal)
             logger.error("%s while starting", reason)
             raise _StopError(1)
+        reason = fatal or reason
         logger.error("%s; every rank is started again", reason)
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > RESTART_WINDOW_S:
@@ -285,7 +290,7 @@ class _Supervisor:
         self._rendezvous.close()
 
 
-# ---- in the children ---------------------------------------------------------------------------------------------------
+# ---- in the children -------------------------------------------------------------------------------------------------
 
 
 def _gateway_main(
@@ -315,7 +320,7 @@ def _settle(name: str, parent: int, log_level: str) -> None:
     logging.basicConfig(level=log_level, format=f"%(asctime)s %(levelname)s {name} %(name)s %(message)s")
 
 
-# ---- small things -------------------------------------------------------------------------------------------------------
+# ---- small things ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager

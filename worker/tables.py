@@ -1,9 +1,10 @@
 """The device's own state of every running request: tables with a row per slot, read and written by steps alone.
 
-The host tells the device about a slot once, when a sequence is seated (`admit`), and about new KV blocks (`set_blocks`).
-Everything else a step does itself: `prepare` gathers what the model needs, `retire` writes the drawn tokens back and
-marks the rows that are done. All of it is free of host synchronisation and of data-dependent shapes, so that the same
-code runs eagerly and inside a CUDA graph. The last row is scratch: padding rows point there, and it is always done.
+The host tells the device about a slot once, when a sequence is seated (`admit`), and about new KV blocks
+(`set_blocks`). Everything else a step does itself: `prepare` gathers what the model needs, `retire` writes the drawn
+tokens back and marks the rows that are done. All of it is free of host synchronisation and of data-dependent shapes, so
+that the same code runs eagerly and inside a CUDA graph. The last row is scratch: padding rows point there, and it is
+always done.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from worker.messages import MAX_STOP_IDS
 from worker.plan import ADMISSION, StepPlan
 from worker.scheduler import BROKEN_ROW, NO_TOKEN
 
-
 SAMPLING_COLUMNS = (
     "temperature",
     "top_p",
@@ -33,6 +33,9 @@ SAMPLING_COLUMNS = (
     "min_length",
 )
 """Fields that ADMISSION and SamplingTables have in common, by the same names."""
+
+_FIELDS = {name: (dtype, offset) for name, (dtype, offset, *_) in (ADMISSION.fields or {}).items()}
+"""Type and offset in bytes of each field of an ADMISSION."""
 
 
 @dataclass(slots=True)
@@ -75,7 +78,7 @@ class SlotTables:
         as_type = {"<i4": words, "<f4": words.view(torch.float32), "<i8": words.view(torch.int64)}
 
         def column(name: str) -> torch.Tensor:
-            dtype, offset = ADMISSION.fields[name][:2]
+            dtype, offset = _FIELDS[name]
             width = dtype.shape[0] if dtype.shape else 1
             first = offset // dtype.base.itemsize
             columns = as_type[dtype.base.str][:, first : first + width]
@@ -104,9 +107,9 @@ class SlotTables:
         self._blocks[slots, indices] = blocks.int()
 
     def prepare(
-        self, slots: torch.Tensor, query_lens: torch.Tensor, *, num_tokens: int, plan: StepPlan
+        self, slots: torch.Tensor, query_lens: torch.Tensor, *, num_tokens: int, max_kv_len: int, plan: StepPlan
     ) -> tuple[StepInputs, Rows]:
-        """Gather a step's inputs. `slots` [rows] int64, `query_lens` [rows] int32; the sizes come from the plan."""
+        """Gather a step's inputs. `slots` [rows] int64, `query_lens` [rows] int32; other sizes come from the plan."""
         live = ~self._done[slots]
         before = self._computed[slots]
         after = before + query_lens
@@ -131,7 +134,7 @@ class SlotTables:
             block_tables=self._blocks[slots],
             num_decode_rows=plan.num_decode_rows,
             max_query_len=plan.max_query_len,
-            max_kv_len=plan.max_kv_len,
+            max_kv_len=max_kv_len,
         )
         rows = Rows(
             slots=slots,
@@ -155,11 +158,12 @@ class SlotTables:
         broken = rows.samples & (drawn < 0)
         valid = rows.samples & (drawn >= 0)
         length = self._length[slots]
-        # Rows that write nothing write to the scratch row, so that no shape depends on the data.
+        # Rows that write nothing write to the scratch row, so that no shape depends on the data; and what they write is
+        # a token, since padding rows read it there.
         targets = torch.where(valid, slots, self.scratch_slot)
-        self._tokens[targets, torch.where(valid, length, 0).long()] = drawn
-        counted = torch.where(valid, drawn, 0).long()
-        self.sampling.counts[targets, counted] += 2
+        written = torch.where(valid, drawn, 0)
+        self._tokens[targets, torch.where(valid, length, 0).long()] = written
+        self.sampling.counts[targets, written.long()] += 2
         self._computed[slots] = torch.where(rows.live, rows.computed_after, self._computed[slots])
         length = length + valid.int()
         self._length[slots] = length

@@ -1,0 +1,187 @@
+"""Benchmark of the engine without the gateway: `python -m bench.engine --size 0.6B --json out.json`.
+
+Starts the ranks as the server does and speaks to the leader through the same client as the gateway, so that what is
+left out is gRPC, tokenizing and detokenizing. Definitions are those of the figures that it is compared with:
+
+- mixed256: output tokens per second of the 256-request workload, all submitted at once;
+- tpot_bN: N prompts of 128 tokens, (time for 289 outputs - time for 33 outputs) / 256;
+- ttft_1k: one prompt of 1,024 tokens, one output;
+- prefill_16x4k: prompt tokens per second of 16 prompts of 4,096 tokens, one output each;
+- tpot_b8_ctx8k: as tpot, 8 prompts of 8,192 tokens.
+
+Temperature 0.6, end-of-sequence ignored, prefix cache off, random weights unless --model names a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from bench.shapes import SIZES, write_config
+from bench.workloads import Job, mixed_256, uniform
+from worker.client import EngineClient, EngineEndpoint, EngineRequest
+from worker.config import EngineConfig
+from worker.control import ChildEnd, Progress, Up
+from worker.messages import EngineInfo, SamplingParams
+from worker.supervisor import serve
+
+BATCHES = (1, 8, 64, 256)
+REPEATS = 3
+
+
+async def run_jobs(client: EngineClient, jobs: list[Job]) -> float:
+    """Seconds from the first submit to the last token."""
+    vocab_size = (await client.wait_ready()).vocab_size  # a small checkpoint knows fewer ids than the workload uses
+
+    async def one(number: int, job: Job) -> None:
+        request = EngineRequest(
+            prompt_ids=[token % vocab_size for token in job.prompt_ids],
+            sampling=SamplingParams(temperature=0.6, seed=number),
+            max_tokens=job.max_tokens,
+            use_prefix_cache=False,
+        )
+        stream = client.submit(request)
+        received = 0
+        while True:
+            batch = await stream.next()
+            received += len(batch.tokens)
+            if batch.finished is not None:
+                break
+        if received != job.max_tokens:
+            raise RuntimeError(f"job {number}: {received} tokens instead of {job.max_tokens}; {batch.finished.detail}")
+
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for number, job in enumerate(jobs):
+            group.create_task(one(number, job))
+    return time.perf_counter() - began
+
+
+async def measure_tpot(client: EngineClient, batch: int, prompt_tokens: int) -> float:
+    """Milliseconds per output token with `batch` running."""
+    short = await run_jobs(client, uniform(batch, prompt_tokens, 33))
+    long = await run_jobs(client, uniform(batch, prompt_tokens, 289))
+    return (long - short) / 256 * 1e3
+
+
+async def measure_all(client: EngineClient, wanted: list[str], report: Callable[[str, list[float]], None]) -> None:
+    await run_jobs(client, uniform(4, 256, 64, seed=9))  # warm-up
+    jobs = mixed_256()
+    outputs = sum(job.max_tokens for job in jobs)
+
+    async def measure(name: str) -> float:
+        if name == "mixed256_tok_s":
+            return outputs / await run_jobs(client, jobs)
+        if name == "ttft_1k_ms":
+            return await run_jobs(client, uniform(1, 1024, 1)) * 1e3
+        if name == "prefill_16x4k_tok_s":
+            return 16 * 4096 / await run_jobs(client, uniform(16, 4096, 1))
+        if name == "tpot_b8_ctx8k_ms":
+            return await measure_tpot(client, 8, 8192)
+        return await measure_tpot(client, int(name.removeprefix("tpot_b").removesuffix("_ms")), 128)
+
+    for name in wanted:
+        report(name, [await measure(name) for _ in range(REPEATS)])
+
+
+NAMES = (
+    "mixed256_tok_s",
+    *(f"tpot_b{batch}_ms" for batch in BATCHES),
+    "ttft_1k_ms",
+    "tpot_b8_ctx8k_ms",
+    "prefill_16x4k_tok_s",
+)
+
+
+def drive(wanted: list[str], result_file: str, endpoint: EngineEndpoint, connection: Connection) -> None:
+    """What runs in the gateway's place."""
+    control = ChildEnd(connection)
+    results: dict[str, object] = {}
+
+    def report(name: str, values: list[float]) -> None:
+        results[name] = {"median": statistics.median(values), "values": values}
+        print(f"{name:22s} median {statistics.median(values):12.3f}   of {[round(v, 3) for v in values]}", flush=True)
+        Path(result_file).write_text(json.dumps(results), encoding="utf-8")
+
+    async def main() -> None:
+        client = EngineClient(endpoint)
+        client.open()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(control.fileno(), os._exit, 3)  # the engine is lost: no figure is worth reporting
+        ended = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, ended.set)
+        info: EngineInfo = await client.wait_ready()
+        results["engine"] = {name: getattr(info, name) for name in info.__struct_fields__}
+        control.send(Up({"model": info.model_path, "blocks": info.num_blocks}))
+        await measure_all(client, wanted, report)
+        os.kill(os.getppid(), signal.SIGTERM)  # done: the supervisor ends everything
+        await ended.wait()
+        client.close()
+
+    asyncio.run(main())
+
+
+def provenance(config: EngineConfig) -> dict[str, object]:
+    """Where and from what the figures come."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": " ".join(["python", "-m", "bench.engine", *sys.argv[1:]]),
+        "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "torch": torch.__version__,
+        "config": config.model_dump(mode="json", exclude_defaults=True, exclude={"model"}),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
+    parser.add_argument("--model", help="folder of a checkpoint to use instead")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="which figures")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options: device=cpu ...")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.model or str(write_config(arguments.size, Path(scratch) / "model"))
+        options = {"model": folder, "load_format": "auto" if arguments.model else "random"}
+        options |= dict(option.split("=", 1) for option in arguments.set)
+        config = EngineConfig.model_validate(options)
+        result_file = Path(scratch) / "results.json"
+        ready: list[float] = []
+        code = serve(
+            config,
+            functools.partial(drive, arguments.only, str(result_file)),
+            drain_timeout_s=5.0,
+            on_progress=_ignore,
+            on_ready=lambda facts, seconds: ready.append(seconds),
+        )
+        results = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
+        results |= {"size": arguments.size, "ready_s": ready[0] if ready else None} | provenance(config)
+    print(f"ready after {ready[0]:.1f} s" if ready else "never ready")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return code
+
+
+def _ignore(name: str, progress: Progress) -> None:
+    """Loading is not what is measured here."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Benchmark of the Triton kernels on one GPU: `python -m bench.kernels --json out.json`.
+
+Each kernel is captured in a CUDA graph over several sets of inputs, which together exceed the L2 cache, and timed by
+events around replays: the median, per launch. Bytes are the fewest that must move through device memory (each input
+read once, each output written once), operations those that causal attention needs; the ceilings beside them are an
+H200's, measured: 4.41 TB/s read, 799 TFLOP/s in bf16 matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.shapes import SIZES, write_config
+from model.kernels.activation import silu_and_mul
+from model.kernels.attention import paged_decode, paged_prefill
+from model.kernels.norm import add_rms_norm
+from model.kernels.rope_kv import qk_norm_rope_store
+from model.sampler import SamplingTables, sample
+
+READ_TBPS, BF16_TFLOPS = 4.41, 799.0
+BATCHES = (1, 8, 64, 256)
+CONTEXTS = (512, 8192)
+PREFILLS = ((16, 512), (4, 4096))
+ROTATED_BYTES = 256 << 20  # inputs to go through before one is used again: several times an H200's 60 MB of L2
+MAX_ROTATIONS = 64
+LAUNCHES, REPLAYS = 32, 20
+EPS = 1e-6
+DTYPE = torch.bfloat16
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the kernels see of a model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, size: str, folder: Path) -> Shape:
+        config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    kernel: str
+    workload: str
+    make: Callable[[], Call]  # draws inputs of its own, and returns the launch that reads them
+    num_bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    size: str
+    kernel: str
+    workload: str
+    us: float
+    tbps: float
+    tflops: float
+
+    @property
+    def ceiling(self) -> float:
+        """Share of the nearer ceiling that was reached, 0 to 1."""
+        return max(self.tbps / READ_TBPS, self.tflops / BF16_TFLOPS)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=DTYPE, device="cuda")
+
+
+def integers(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def elementwise_cases(shape: Shape, block_size: int) -> Iterator[Case]:
+    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+
+    def make_norm(tokens: int) -> Call:
+        x, residual, weight = (
+            randn(tokens, shape.hidden_size),
+            randn(tokens, shape.hidden_size),
+            randn(shape.hidden_size),
+        )
+        return lambda: add_rms_norm(x, residual, weight, EPS)
+
+    def make_silu(tokens: int) -> Call:
+        x = randn(tokens, 2 * shape.intermediate_size)
+        return lambda: silu_and_mul(x)
+
+    def make_rope(tokens: int) -> Call:
+        qkv = randn(tokens, (heads + 2 * kv_heads) * head_dim)
+        q_weight, k_weight = randn(head_dim), randn(head_dim)
+        cos_sin = torch.randn(8192, head_dim, device="cuda")
+        blocks = -(-tokens // block_size)
+        key_cache, value_cache = (randn(blocks, block_size, kv_heads, head_dim) for _ in range(2))
+        positions = torch.randint(8192, (tokens,), dtype=torch.int32, device="cuda")
+        slots = torch.randperm(tokens, device="cuda")
+        return lambda: qk_norm_rope_store(
+            qkv, q_weight, k_weight, cos_sin, positions, slots, key_cache, value_cache, heads, kv_heads, EPS
+        )
+
+    for tokens in (*BATCHES, 8192):
+        yield Case(
+            kernel="add_rms_norm",
+            workload=f"tokens {tokens}",
+            make=partial(make_norm, tokens),
+            num_bytes=2 * 4 * tokens * shape.hidden_size,
+        )
+        yield Case(
+            kernel="silu_and_mul",
+            workload=f"tokens {tokens}",
+            make=partial(make_silu, tokens),
+            num_bytes=2 * 3 * tokens * shape.intermediate_size,
+        )
+        yield Case(
+            kernel="qk_norm_rope_store",
+            workload=f"tokens {tokens}",
+            make=partial(make_rope, tokens),
+            num_bytes=tokens * (2 * 2 * (heads + 2 * kv_heads) + 4) * head_dim,
+        )
+
+
+def make_attention(shape: Shape, rows: int, queries: int, kv_len: int, block_size: int, max_kv_len: int) -> Call:
+    """Return a launch over rows whose blocks lie in random order."""
+    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    blocks_per_row = -(-kv_len // block_size)
+    key_cache, value_cache = (randn(rows * blocks_per_row, block_size, kv_heads, head_dim) for _ in range(2))
+    tables = torch.randperm(rows * blocks_per_row, device="cuda").int().view(rows, blocks_per_row)
+    q = randn(rows * queries, heads, head_dim)
+    kv_lens = integers([kv_len] * rows)
+    scale = head_dim**-0.5
+    if queries == 1:
+        return lambda: paged_decode(q, key_cache, value_cache, tables, kv_lens, scale, max_kv_len)
+    starts = integers([row * queries for row in range(rows + 1)])
+    return lambda: paged_prefill(q, key_cache, value_cache, tables, starts, kv_lens, scale, queries)
+
+
+def attention_cases(shape: Shape, block_size: int) -> Iterator[Case]:
+    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    for context in CONTEXTS:
+        for rows in BATCHES:
+            yield Case(
+                kernel="paged_decode",
+                workload=f"batch {rows}, context {context}",
+                # The bound is that of a captured graph: the longest sequence that the server allows.
+                make=partial(make_attention, shape, rows, 1, context, block_size, 40_960),
+                num_bytes=2 * 2 * rows * (context * kv_heads + heads) * head_dim,
+                flops=4 * rows * context * heads * head_dim,
+            )
+    for rows, length in PREFILLS:
+        yield Case(
+            kernel="paged_prefill",
+            workload=f"{rows} x {length}",
+            make=partial(make_attention, shape, rows, length, length, block_size, length),
+            num_bytes=2 * 2 * rows * length * (kv_heads + heads) * head_dim,
+            flops=4 * heads * head_dim * rows * length * (length + 1) // 2,
+        )
+
+
+SAMPLING = {
+    "greedy": {},
+    "temperature": {"temperature": 0.6},
+    "top_k, top_p": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    "top_p": {"temperature": 0.6, "top_p": 0.95},
+    "penalties": {"temperature": 0.6, "presence": 1.0},
+}
+
+
+def make_sampling(shape: Shape, rows: int, parameters: dict[str, float]) -> Call:
+    tables = SamplingTables.allocate(rows, shape.vocab_size, 4, "cuda")
+    for name, value in parameters.items():
+        getattr(tables, name).fill_(value)
+    logits = 3 * randn(rows, shape.vocab_size)
+    slots = torch.arange(rows, device="cuda")
+    lengths = integers([100] * rows)
+    return lambda: sample(logits, slots, lengths, tables)
+
+
+def sampling_cases(shape: Shape) -> Iterator[Case]:
+    for name, parameters in SAMPLING.items():
+        for rows in BATCHES:
+            yield Case(
+                kernel="sample",
+                workload=f"batch {rows}, {name}",
+                make=partial(make_sampling, shape, rows, parameters),
+                num_bytes=rows * shape.vocab_size * (2 if name != "penalties" else 6),
+            )
+
+
+def time_case(case: Case) -> float:
+    """Return the median microseconds of one launch."""
+    rotations = max(1, min(MAX_ROTATIONS, ROTATED_BYTES // max(case.num_bytes, 1)))
+    calls = [case.make() for _ in range(rotations)]
+    launches = rotations * max(1, LAUNCHES // rotations)
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in range(launches):
+            calls[launch % rotations]()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / launches)
+    return float(statistics.median(times))
+
+
+def measure(size: str, case: Case) -> Result:
+    us = time_case(case)
+    torch.cuda.empty_cache()
+    return Result(
+        size=size,
+        kernel=case.kernel,
+        workload=case.workload,
+        us=us,
+        tbps=case.num_bytes / us / 1e6,
+        tflops=case.flops / us / 1e6,
+    )
+
+
+def run(sizes: list[str], kernels: list[str], block_size: int, folder: Path) -> Iterator[Result]:
+    for size in sizes:
+        shape = Shape.of(size, folder)
+        for cases in (elementwise_cases(shape, block_size), attention_cases(shape, block_size), sampling_cases(shape)):
+            for case in cases:
+                if not kernels or case.kernel in kernels:
+                    yield measure(size, case)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--size", nargs="+", choices=SIZES, default=["0.6B", "8B"], help="model shapes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kernel", nargs="+", default=[], metavar="NAME", help="only these kernels, as the table names them"
+    )
+    parser.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.kernels: no CUDA device", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    print(f"{'size':5}{'kernel':20}{'workload':30}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for result in run(arguments.size, arguments.kernel, arguments.block_size, Path(folder)):
+            results.append(result)
+            print(
+                f"{result.size:5}{result.kernel:20}{result.workload:30}{result.us:10.1f}{result.tbps:8.2f}"
+                f"{result.tflops:9.1f}{result.ceiling:9.0%}"
+            )
+    if arguments.json:
+        report = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "block_size": arguments.block_size,
+            "ceilings": {"read_tbps": READ_TBPS, "bf16_tflops": BF16_TFLOPS},
+            "results": [asdict(result) for result in results],
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What one process of the two-GPU test does. A module of its own: it starts without transformers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from model.config import Qwen3Config
+from model.parallel import TensorParallel
+from model.weights import load_model
+from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, requests, whole_prompt
+
+SIZE = 2
+
+
+def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tensor:
+    """bf16 logits of a whole prompt: [tokens, vocab]."""
+    shape = Qwen3Config.from_folder(folder)
+    device = torch.device("cuda", tp.rank)
+    model = load_model(
+        folder,
+        shape,
+        tp=tp,
+        device=device,
+        dtype=torch.bfloat16,
+        attention_backend="triton",
+        block_size=BLOCK,
+        max_model_len=MAX_LEN,
+        load_format="auto",
+    )
+    cache_shape = (shape.num_hidden_layers, 2, MAX_LEN // BLOCK, BLOCK, shape.kv_heads_per_rank(tp.size), 128)
+    cache = torch.zeros(cache_shape, dtype=torch.bfloat16, device=device)
+    with torch.inference_mode():
+        return model.compute_logits(model(whole_prompt(ids, device), cache))
+
+
+def main(rank: int, rendezvous: str, folder: str, results: str) -> None:
+    """Join over NCCL; write logits in bf16 and greedy tokens in fp32, by captured decode steps."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(rendezvous, SIZE), rank=rank, world_size=SIZE, device_id=device
+    )
+    tp = TensorParallel(rank, SIZE, dist.group.WORLD)
+    ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
+    save_file({"logits": logits_of(Path(folder), tp, ids).cpu()}, Path(results) / f"logits-{rank}.safetensors")
+    runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
+    tokens = generate(runner, shape, requests(8, temperature=0.0))
+    (Path(results) / f"tokens-{rank}.json").write_text(json.dumps(tokens))
+    dist.barrier()
+    torch.cuda.synchronize()
+    del runner  # NCCL does not let a communicator go while a captured graph uses it
+    gc.collect()
+    dist.destroy_process_group()
