@@ -1,1 +1,1 @@
-"""The gateway: gRPC in front of the engine. Never imports torch; sees of `worker` only its messages, config, client and supervisor."""
+"""The gateway: gRPC in front of the engine. Never imports torch; sees of `worker` only what crosses between them."""

@@ -1,0 +1,138 @@
+"""`lightqwen serve | generate | chat`: what a user types, and what they read.
+
+Every failure is one readable line and an exit code other than 0. Only what the chosen command needs is imported: the
+client's commands run on the base installation, without the server's packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from service.terminal import CommandError, Terminal, ready_line
+
+if TYPE_CHECKING:
+    from service.config import ServeConfig
+
+INTERRUPTED = 128 + 2  # what a shell reports after Ctrl-C
+
+
+def serve(argv: list[str]) -> int:
+    """Run `lightqwen serve`: find the checkpoint, then start everything and stay until it ends.
+
+    Raises:
+        CommandError: it cannot run as configured.
+    """
+    try:
+        from worker.config import ConfigError
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; a server needs: pip install 'lightqwen[server]'") from error
+    try:
+        from service.config import load_config
+
+        return _run_server(load_config(argv))
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+
+
+def _run_server(config: ServeConfig) -> int:
+    from service.model_folder import find_checkpoint
+
+    terminal = Terminal(sys.stderr)
+    folder, name = find_checkpoint(config.model, config.revision, terminal.say)
+    # What can be told without them is told by now: these take a second to import.
+    from service.logs import configure_logging
+    from service.server import run_gateway
+    from worker import supervisor
+    from worker.config import EngineConfig
+
+    served = config.model_copy(update={"model": str(folder), "served_model_name": config.served_model_name or name})
+    engine = EngineConfig(**{field: getattr(served, field) for field in EngineConfig.model_fields})
+
+    def on_ready(facts: dict[str, str | int | float], seconds: float) -> None:
+        terminal.close()
+        print(ready_line(facts, seconds), flush=True)
+
+    # gRPC's C core would write its own lines about a port in use; the gateway says it readably.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    configure_logging(served.log_level, served.log_format)
+    try:
+        return supervisor.serve(
+            engine,
+            partial(run_gateway, served),
+            drain_timeout_s=served.withdrawal_s + served.drain_timeout_s,
+            on_progress=terminal.progress,
+            on_ready=on_ready,
+            log_level=served.log_level.upper(),
+        )
+    finally:
+        terminal.close()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, but for the options of `serve`: those are the fields of `service.config.ServeConfig`."""
+    parser = argparse.ArgumentParser(prog="lightqwen", description="Serve Qwen3 over gRPC, and talk to such a server.")
+    parser.add_argument("--version", action="version", version=f"lightqwen {importlib.metadata.version('lightqwen')}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands.add_parser("serve", help="run a server (serve --help lists its options)", add_help=False)
+
+    generate = commands.add_parser("generate", help="send one prompt to a server and stream the answer")
+    generate.add_argument("prompt", help="what to answer, or to continue with --raw; - reads it from standard input")
+    generate.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    _add_request_options(generate)
+
+    chat = commands.add_parser("chat", help="talk with the model; /reset begins anew, /quit or Ctrl-D ends")
+    _add_request_options(chat)
+    return parser
+
+
+def _add_request_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="the server (default: %(default)s)")
+    add("--system", metavar="TEXT", help="a system message to begin with")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="let the model think first (default: its template's)")
+    sampling = parser.add_argument_group("sampling (default: the checkpoint's generation_config.json, then neutral)")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="output tokens at most")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="share of probability to choose from")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="number of tokens to choose from; 0: all")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    add("--timeout", type=float, metavar="S", help="give up after so many seconds (default: never)")
+    add("--stats", action="store_true", help="show finish reason, tokens and timings on standard error")
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; raises what a user caused."""
+    if argv[:1] == ["serve"]:
+        return serve(argv[1:])
+    arguments = build_parser().parse_args(argv)
+    from service import talk
+
+    return talk.generate(arguments) if arguments.command == "generate" else talk.chat(arguments)
+
+
+def main() -> int:
+    """Entry point of `lightqwen`: one line for what a user caused, and an exit code."""
+    try:
+        return run(sys.argv[1:])
+    except CommandError as error:
+        for line in str(error).splitlines():
+            print(f"lightqwen: error: {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

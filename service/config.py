@@ -1,0 +1,139 @@
+"""Every option of the server as one frozen object, and how it is read: flags, environment, file, defaults.
+
+`ServeConfig` adds the gateway's options to the engine's. A field is at once the flag `--max-queued-requests`, the
+environment variable `LIGHTQWEN_MAX_QUEUED_REQUESTS` and the key `max_queued_requests` of the TOML file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from worker.config import ConfigError, EngineConfig
+
+ENV_PREFIX = "LIGHTQWEN_"
+
+
+class ServeConfig(BaseSettings, EngineConfig):
+    """Serve a Qwen3 checkpoint over gRPC."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, env_prefix=ENV_PREFIX, env_ignore_empty=True
+    )
+
+    config: Path | None = None
+    """TOML file with these options as keys (max_queued_requests = 64). Flags and environment go before it."""
+    host: str = "127.0.0.1"
+    """Address to listen on for gRPC. 0.0.0.0 or [::] opens it to the network."""
+    port: int = Field(50051, ge=0, le=65535)
+    """Port for gRPC. 0: any free one; the ready line tells which."""
+    metrics_host: str = "127.0.0.1"
+    """Address to listen on for /metrics and /healthz."""
+    metrics_port: int = Field(9464, ge=-1, le=65535)
+    """HTTP port for /metrics and /healthz. 0: any free one; -1: none."""
+    served_model_name: str | None = Field(None, min_length=1, max_length=256)
+    """The model's name in requests, answers and metrics. Default: the name of the checkpoint's folder."""
+    max_queued_requests: int = Field(1024, ge=1)
+    """Requests that wait for their first step at most; more are refused with RESOURCE_EXHAUSTED."""
+    max_queued_tokens: int = Field(1_048_576, ge=1)
+    """Prompt tokens that wait for their first step at most. A longer prompt is still taken when nothing else waits."""
+    max_streams: int = Field(4096, ge=1)
+    """Generate calls open at the same time at most, running ones included."""
+    max_prompt_bytes: int = Field(4 * 2**20, ge=1, le=2**30)
+    """Bytes of a text or chat prompt at most (UTF-8)."""
+    max_chat_messages: int = Field(1024, ge=1)
+    """Messages of a chat prompt at most."""
+    max_stop_strings: int = Field(16, ge=0, le=64)
+    """Stop strings of one request at most."""
+    max_stop_string_bytes: int = Field(256, ge=1, le=4096)
+    """Bytes of one stop string at most (UTF-8)."""
+    max_receive_message_bytes: int = Field(16 * 2**20, ge=4096, le=2**30)
+    """Size of one request message at most."""
+    tokenizer_threads: int = Field(2, ge=1, le=64)
+    """Threads that render chats and tokenize."""
+    drain_timeout_s: float = Field(30.0, ge=0.0)
+    """After SIGTERM and the withdrawal: how long running requests may go on."""
+    withdrawal_s: float = Field(0.0, ge=0.0)
+    """After SIGTERM: how long new requests are still taken while health is NOT_SERVING, for balancers to notice."""
+    reflection: bool = True
+    """Let gRPC clients ask for the contract (server reflection)."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is logged, on stderr."""
+    log_format: Literal["text", "json"] = "text"
+    """One line of text, or one JSON object, for each record."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _ConfigFile(settings_cls)
+
+
+class _ConfigFile(InitSettingsSource):
+    """The TOML file that a source before this one named as `config`."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, init_kwargs={})
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        try:
+            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config: {path} is not TOML: {error}") from error
+
+
+def load_config(argv: list[str], prog: str = "lightqwen serve") -> ServeConfig:
+    """Read the configuration from flags, environment and file.
+
+    Raises:
+        ConfigError: with one line for each problem.
+        SystemExit: after `--help` was printed.
+    """
+    flags: CliSettingsSource[Any] = CliSettingsSource(
+        ServeConfig,
+        cli_prog_name=prog,
+        cli_parse_args=False,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+    )
+    try:
+        return ServeConfig(_cli_settings_source=flags(args=argv))
+    except SettingsError as error:
+        raise ConfigError(str(error).removeprefix("error parsing CLI: ")) from error
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(problem) for problem in error.errors())) from error
+
+
+def _readable(problem: Any) -> str:
+    """`--port: …` for one of pydantic's error records."""
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    flag = "--" + str(problem["loc"][0]).replace("_", "-")
+    if problem["type"] == "extra_forbidden":
+        return f"{flag}: no such option"
+    return f"{flag}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"

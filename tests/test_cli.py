@@ -1,0 +1,351 @@
+"""The command line as a user meets it: real processes, their output and exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.config import ServeConfig
+from service.terminal import Terminal, printable, read_ready_line, ready_line
+from worker.control import Progress
+
+LIGHTQWEN = [sys.executable, "-m", "service.cli"]
+QUIET_CPU = ["--device", "cpu", "--metrics-port", "0", "--log-level", "error"]
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*LIGHTQWEN, *map(str, arguments)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=env, stdin=subprocess.DEVNULL)
+
+
+def assert_one_error_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode not in (0, None)
+    errors = [line for line in done.stderr.splitlines() if not re.match(r"lightqwen: (?!error)", line)]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("lightqwen: error: ")
+    for word in words:
+        assert word in errors[0]
+    assert done.stdout == ""
+
+
+# ---- serve: what a user gets wrong -----------------------------------------------------------------------------------
+
+
+def test_folder_that_is_not_there() -> None:
+    assert_one_error_line(run("serve", "--model", "./nothing-here"), "nothing-here", "--model")
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    assert_one_error_line(run("serve", "--model", tmp_path), str(tmp_path), "config.json")
+
+
+def test_config_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert_one_error_line(run("serve", "--model", tmp_path), "config.json", "not JSON")
+
+
+@pytest.mark.parametrize("content", [{"architectures": ["LlamaForCausalLM"]}, {}, [], {"architectures": None}])
+def test_other_architecture(tmp_path: Path, content: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = "LlamaForCausalLM" if content == {"architectures": ["LlamaForCausalLM"]} else "unnamed"
+    assert_one_error_line(run("serve", "--model", tmp_path), found, "Qwen3ForCausalLM")
+
+
+def test_hub_out_of_reach(tmp_path: Path) -> None:
+    done = run("serve", "--model", "Qwen/Qwen3-0.6B", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert_one_error_line(done, "Qwen/Qwen3-0.6B", "hub")
+
+
+def test_revision_without_hub_id(demo_checkpoint: Path) -> None:
+    assert_one_error_line(run("serve", "--model", demo_checkpoint, "--revision", "main"), "--revision")
+
+
+def test_unknown_option() -> None:
+    assert_one_error_line(run("serve", "--no-such-option", "1"), "no-such-option")
+
+
+def test_value_out_of_range() -> None:
+    assert_one_error_line(run("serve", "--tensor-parallel-size", "0"), "--tensor-parallel-size", "0")
+
+
+def test_value_from_the_environment_is_checked_too() -> None:
+    assert_one_error_line(run("serve", LIGHTQWEN_PORT="99999"), "--port", "99999")
+
+
+def test_config_file_that_is_not_there(tmp_path: Path) -> None:
+    assert_one_error_line(run("serve", "--config", tmp_path / "none.toml"), "none.toml")
+
+
+def test_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run("serve", "--port", port, *QUIET_CPU)
+    assert_one_error_line(done, port, "--port")
+
+
+def test_ranks_that_the_heads_do_not_divide_by() -> None:
+    done = run("serve", "--port", "0", *QUIET_CPU, "--tensor-parallel-size", "3")
+    assert_one_error_line(done, "3")
+
+
+def test_truncated_weights(demo_checkpoint: Path, tmp_path: Path) -> None:
+    for path in demo_checkpoint.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    weights = (demo_checkpoint / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    done = run("serve", "--model", tmp_path, "--port", "0", *QUIET_CPU)
+    assert_one_error_line(done, "model.safetensors")
+
+
+def test_server_without_its_packages() -> None:
+    code = """
+import sys
+sys.modules["pydantic"] = None
+sys.argv = ["lightqwen", "serve"]
+from service.cli import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert_one_error_line(done, "pydantic", "lightqwen[server]")
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_serve_help_has_every_option_with_its_meaning() -> None:
+    done = run("serve", "--help", COLUMNS="400")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for name, field in ServeConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text, name
+        assert field.description, f"{name} has no docstring"
+        assert " ".join(field.description.split()) in text, name
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"]])
+def test_help_starts_quickly_and_needs_no_server_package(command: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["lightqwen", *{command!r}, "--help"]
+from service.cli import main
+try:
+    main()
+finally:
+    heavy = {{"torch", "pydantic", "msgspec", "numpy", "zmq"}} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "usage: lightqwen" in done.stdout
+    assert time.monotonic() - began < 5
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert re.fullmatch(r"lightqwen \d+\.\d+\.\d+\n", done.stdout)
+
+
+# ---- generate and chat: against a served checkpoint ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU, "--num-blocks", "64"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        facts = read_ready_line(process.stdout.readline())
+        assert facts is not None, process.stderr.read()
+        assert facts["model"] == "lightqwen-demo"
+        assert facts["kv_blocks"] == "64"
+        assert facts["tensor_parallel_size"] == "1"
+        yield facts["address"]
+        process.terminate()
+        rest = process.stderr.read()
+        assert process.wait(30) == 0, rest
+
+
+def test_generate_streams_text_and_stats(target: str) -> None:
+    done = run("generate", "Hello", "--target", target, "--max-tokens", "8", "--temperature", "0", "--stats")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert re.search(r"finish reason max_tokens; \d+ prompt tokens .* 8 output tokens; first token after", done.stderr)
+
+
+def test_generate_is_repeatable_and_raw_is_not_the_template(target: str) -> None:
+    options = ["Hello", "--target", target, "--max-tokens", "8", "--seed", "7"]
+    first, again, raw = run("generate", *options), run("generate", *options), run("generate", "--raw", *options)
+    assert first.stdout == again.stdout
+    assert raw.returncode == 0
+    assert raw.stdout != first.stdout
+
+
+def test_refusal_is_one_line(target: str) -> None:
+    assert_one_error_line(run("generate", "x", "--target", target, "--top-p", "7"), "INVALID_ARGUMENT", "top_p")
+
+
+def test_nobody_there_is_one_line() -> None:
+    assert_one_error_line(run("generate", "x", "--target", "127.0.0.1:1"), "127.0.0.1:1", "UNAVAILABLE")
+
+
+def test_raw_with_a_system_message_is_refused() -> None:
+    assert_one_error_line(run("generate", "x", "--raw", "--system", "s"), "--raw")
+
+
+def test_reader_that_leaves_early_ends_generate_quietly(target: str) -> None:
+    command = [*LIGHTQWEN, "generate", "Hello", "--target", target, "--max-tokens", "400"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(30) == 1
+        assert process.stderr.read() == b""
+
+
+class Screen:
+    """A program on a pseudo-terminal, and what it has written that was not expected yet."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            os.execvp(command[0], command)
+        self._unread = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def expect(self, text: str, then: int = 0, timeout: float = 20.0) -> str:
+        """Read until `text` has come, and so many characters after it; returns what came before it."""
+        deadline = time.monotonic() + timeout
+        while text not in self._unread or len(self._unread.split(text, 1)[1]) < then:
+            readable, _, _ = select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))
+            assert readable, f"no {text!r} within {timeout} s, but {self._unread!r}"
+            self._unread += os.read(self._terminal, 4096).decode(errors="replace")
+        before, after = self._unread.split(text, 1)
+        self._unread = after[then:]
+        return before
+
+    def wait(self) -> int:
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_chat_ctrl_c_stops_one_answer_only(target: str) -> None:
+    screen = Screen([*LIGHTQWEN, "chat", "--target", target, "--seed", "1", "--max-tokens", "2000"])
+    screen.expect("lightqwen-demo: /reset")
+    screen.expect("> ")
+    screen.type("Hello there\n")
+    screen.expect("Hello there\r\n", then=8)
+    screen.type("\x03")  # Ctrl-C
+    screen.expect("> ")
+    screen.type("/unknown\n")
+    screen.expect("/quit (or Ctrl-D) ends")
+    screen.expect("> ")
+    screen.type("\x04")  # Ctrl-D
+    assert screen.wait() == 0
+
+
+def test_chat_sends_what_was_said_before_until_reset(target: str) -> None:
+    screen = Screen([*LIGHTQWEN, "chat", "--target", target, "--seed", "1", "--max-tokens", "4", "--stats"])
+    prompt_tokens = []
+    for line in ("One", "Two", "/reset", "One"):
+        screen.expect("> ")
+        screen.type(f"{line}\n")
+        if not line.startswith("/"):
+            screen.expect("finish reason max_tokens; ")
+            prompt_tokens.append(int(screen.expect(" prompt tokens")))
+    screen.expect("> ")
+    screen.type("/quit\n")
+    assert screen.wait() == 0
+    first, second, after_reset = prompt_tokens
+    assert second > first + 4
+    assert after_reset == first
+
+
+def test_ctrl_c_ends_a_starting_server_without_a_traceback() -> None:
+    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out == ""
+
+
+# ---- what the terminal shows -----------------------------------------------------------------------------------------
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_ready_line_round_trip() -> None:
+    facts = {"address": "[::1]:5", "model": "my model's", "kv_blocks": 12}
+    line = ready_line(facts, 1.234)
+    assert "\n" not in line
+    assert read_ready_line(line) == {"address": "[::1]:5", "model": "my model's", "kv_blocks": "12", "ready_s": "1.23"}
+    assert read_ready_line("lightqwen: loading") is None
+
+
+def test_progress_updates_one_line_on_a_terminal() -> None:
+    stream = Tty()
+    terminal = Terminal(stream)
+    for done in range(3):
+        terminal.progress("rank0", Progress("loading weights", done, 3))
+    terminal.close()
+    assert "\n" not in stream.getvalue()
+    assert "rank0: loading weights 2/3" in stream.getvalue()
+    assert stream.getvalue().endswith("\x1b[2K"), "the screen is clean for what comes next"
+
+
+def test_progress_is_sparse_elsewhere() -> None:
+    stream, now = io.StringIO(), [0.0]
+    terminal = Terminal(stream, clock=lambda: now[0])
+    for done in range(100):
+        now[0] += 0.1
+        terminal.progress("rank0", Progress("loading weights", done, 100))
+    terminal.progress("rank0", Progress("capturing graphs"))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "lightqwen: rank0: loading weights 0/100"
+    assert lines[-1] == "lightqwen: rank0: capturing graphs"
+    assert len(lines) == 3, "at the beginning, after 5 s, and the next thing"
+
+
+def test_text_of_a_model_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\n\tc\u202e你🌍") == "a\ufffd[2Jb\n\tc\ufffd你🌍"
+
+
+def test_documentation_has_every_option_with_its_default(root: Path) -> None:
+    text = (root / "docs" / "configuration.md").read_text()
+    for name, field in ServeConfig.model_fields.items():
+        default = field.default
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        else:
+            shown = "" if default in (None, "") else f"`{default}`"
+        meaning = " ".join((field.description or "").split())
+        option = name.replace("_", "-")
+        row = f"| `--{option}` | {shown} | {meaning} |"
+        assert row in text, f"docs/configuration.md lacks: {row}"
