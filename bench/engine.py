@@ -34,7 +34,7 @@ from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
 from worker.client import EngineClient, EngineEndpoint, EngineRequest
 from worker.config import EngineConfig
-from worker.control import ChildEnd, Progress, Up
+from worker.control import ChildEnd, Drain, Progress, Stop, Up
 from worker.messages import EngineInfo, SamplingParams
 from worker.supervisor import serve
 
@@ -120,9 +120,14 @@ def drive(wanted: list[str], result_file: str, endpoint: EngineEndpoint, connect
         client = EngineClient(endpoint)
         client.open()
         loop = asyncio.get_running_loop()
-        loop.add_reader(control.fileno(), os._exit, 3)  # the engine is lost: no figure is worth reporting
         ended = asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, ended.set)
+
+        def on_control() -> None:
+            if not isinstance(control.receive(), Drain | Stop):
+                os._exit(3)  # the engine is lost: no figure is worth reporting
+            ended.set()
+
+        loop.add_reader(control.fileno(), on_control)
         info: EngineInfo = await client.wait_ready()
         results["engine"] = {name: getattr(info, name) for name in info.__struct_fields__}
         control.send(Up({"model": info.model_path, "blocks": info.num_blocks}))

@@ -219,6 +219,7 @@ class Qwen3ForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._attention = attention
         self.model = Qwen3Model(config, attention, max_model_len=max_model_len, tp=tp, dtype=dtype, device=device)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
         self._tie_weights()
@@ -238,7 +239,7 @@ class Qwen3ForCausalLM(nn.Module):
     @property
     def capturable(self) -> bool:
         """Whether a decode step may be captured in a CUDA graph; the attention backend decides."""
-        return bool(self.model.layers[0].self_attn.attn.capturable)
+        return self._attention.capturable
 
     def materialize(self, device: torch.device) -> None:
         """Give a model made on `meta` memory on `device`; its weights then hold no values yet."""

@@ -76,7 +76,7 @@ def _run_server(config: ServeConfig) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line, but for the options of `serve`: those are the fields of `service.config.ServeConfig`."""
     parser = argparse.ArgumentParser(prog="lightqwen", description="Serve Qwen3 over gRPC, and talk to such a server.")
-    parser.add_argument("--version", action="version", version=f"lightqwen {importlib.metadata.version('lightqwen')}")
+    parser.add_argument("--version", action="version", version=f"lightqwen {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("serve", help="run a server (serve --help lists its options)", add_help=False)
 
@@ -106,6 +106,13 @@ def _add_request_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--timeout", type=float, metavar="S", help="give up after so many seconds (default: never)")
     add("--stats", action="store_true", help="show finish reason, tokens and timings on standard error")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lightqwen")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"  # run from a checkout
 
 
 def run(argv: list[str]) -> int:

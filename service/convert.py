@@ -239,14 +239,7 @@ def _look_up(message: Message, path: str) -> tuple[bool, Any]:
         if not message.HasField(parent):
             return False, None
         message = getattr(message, parent)
-    return any(field.name == name for field, _ in message.ListFields()) or _set_to_zero(message, name), getattr(
-        message, name
-    )
-
-
-def _set_to_zero(message: Message, name: str) -> bool:
-    field = message.DESCRIPTOR.fields_by_name[name]
-    return field.has_presence and message.HasField(name)
+    return any(field.name == name for field, _ in message.ListFields()), getattr(message, name)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import signal
 import socket
 import sys
 import time
@@ -38,7 +37,7 @@ from service.tokenizing import TextCodec
 from service.validation import Rules
 from worker.client import EngineClient, EngineEndpoint, EngineState, EngineUnavailableError
 from worker.config import ConfigError
-from worker.control import ChildEnd, EngineDead, EngineLost, Fatal, Up
+from worker.control import ChildEnd, Drain, EngineDead, EngineLost, Fatal, Stop, Up
 from worker.messages import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -73,21 +72,20 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.max_connection_idle_ms", 9999999),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_connection_age_ms", 600_000),  # balancers look again; running streams go on
     ]
 
 
 def run_gateway(config: ServeConfig, endpoint: EngineEndpoint, control: Connection) -> None:
-    """Be the gateway process: never returns, exits with 0 after SIGTERM, 2 for what a user can mend, else 1.
+    """Be the gateway process: never returns, exits with 0 after it was told to, 2 for what a user can mend, else 1.
 
     Args:
         config: `config.model` is a local folder.
         endpoint: where the leader listens.
         control: the line to the supervisor.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C goes to all; the supervisor decides
     configure_logging(config.log_level, config.log_format)
     child = ChildEnd(control)
     try:
@@ -167,13 +165,13 @@ class Gateway:
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Serve until SIGTERM, or until the engine or the supervisor is gone; returns the exit code.
+        """Serve until told to end, or until the engine or the supervisor is gone; returns the exit code.
 
         Raises:
             ConfigError: a port is in use.
         """
         self._over = asyncio.get_running_loop().create_future()
-        with self._http_endpoint(), self._engine_client(), self._signals():
+        with self._http_endpoint(), self._engine_client(), self._supervisor():
             async with self._grpc_server(), asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(self._announce()),
@@ -208,6 +206,10 @@ class Gateway:
         self._admission.drain()
         if not await self._calls.wait_idle(self._config.drain_timeout_s):
             logger.warning("drain timed out streams=%d", len(self._calls))
+
+    def end_gracefully(self) -> None:
+        """Drain, then end."""
+        self._terminate.set()
 
     def _drain_now(self) -> None:
         """An administrator drains: refuse at once, but go on living."""
@@ -299,27 +301,23 @@ class Gateway:
             self._engine.close()
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _supervisor(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_reader(self._control.fileno(), self._on_control)
         try:
             yield
         finally:
             loop.remove_reader(self._control.fileno())
-            loop.remove_signal_handler(signal.SIGTERM)
 
     # -- what it hears -------------------------------------------------------------------------------------------------
 
-    def _on_sigterm(self) -> None:
-        """The first asks to drain, the second to stop."""
-        if self._terminate.is_set():
-            self._end(EXIT_DONE, at_once=True)
-        self._terminate.set()
-
     def _on_control(self) -> None:
         message = self._control.receive()
-        if isinstance(message, EngineLost):
+        if isinstance(message, Drain):
+            self.end_gracefully()
+        elif isinstance(message, Stop):
+            self._end(EXIT_DONE, at_once=True)
+        elif isinstance(message, EngineLost):
             logger.warning("engine lost: %s", message.reason)
             self._engine.engine_lost(message.reason)
         elif isinstance(message, EngineDead):

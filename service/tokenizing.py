@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from service.checkpoint import TokenizerFiles
 from service.detokenizing import TokenBytes
 from service.errors import InvalidRequestError, Violation
-from service.requests import ChatPrompt, Prompt, TokenPrompt
+from service.requests import ChatPrompt, TextPrompt
 from worker.config import ConfigError
 
 T = TypeVar("T")
@@ -100,26 +100,21 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    async def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> Encoded:
+    async def encode(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> Encoded:
         """Render and encode. A chat gets no special tokens beyond those that its template writes.
 
         Raises:
             InvalidRequestError: the chat template refuses.
         """
-        if isinstance(prompt, TokenPrompt):
-            return Encoded(prompt.ids, "")
         return await self._off_the_loop(partial(self._encode, prompt, add_special_tokens))
 
     async def decode(self, ids: np.ndarray, *, skip_special: bool) -> str:
         return await self._off_the_loop(partial(self.table.decode, ids.tolist(), skip_special=skip_special))
 
-    def _encode(self, prompt: Prompt, add_special_tokens: bool) -> Encoded:
+    def _encode(self, prompt: TextPrompt | ChatPrompt, add_special_tokens: bool) -> Encoded:
         if isinstance(prompt, ChatPrompt):
-            if self._template is None:
-                raise TypeError("a chat was let through to a checkpoint without a chat template")
+            assert self._template is not None, "a chat was let through to a checkpoint without a chat template"
             text, add_special_tokens = self._template.render(prompt), False
-        elif isinstance(prompt, TokenPrompt):
-            return Encoded(prompt.ids, "")
         else:
             text = prompt.text
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -158,6 +158,9 @@ class PlanSender:
         for follower in range(self._num_followers):
             self._router.send(follower, frame)
 
+    def close(self) -> None:
+        self._router.close()
+
 
 class PlanReceiver:
     """A follower's end."""
@@ -175,3 +178,7 @@ class PlanReceiver:
         if not self._socket.poll(int(timeout_s * 1000)):
             return None
         return self._socket.recv()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()

@@ -56,8 +56,8 @@ class EngineConfig(BaseModel):
     """Share of the KV blocks kept free when a new request is admitted, so that running ones can grow."""
     max_restarts: int = Field(3, ge=0)
     """Times the ranks are started again within ten minutes after one died, before the server gives up."""
-    hang_timeout_s: float | None = Field(None, gt=0.0)
-    """A rank that makes no progress for so long counts as dead. Default: 60 on CUDA, 600 on the CPU."""
+    hang_timeout_s: float | None = Field(None, ge=3.0)
+    """A rank that makes no step for so long while it should counts as dead. Default: 60 on CUDA, 600 on the CPU."""
 
     @field_validator("block_size")
     @classmethod

@@ -54,8 +54,16 @@ class EngineDead(msgspec.Struct, frozen=True, tag="engine_dead"):
     reason: str
 
 
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take nothing new, finish what runs, and end."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End now, whatever runs."""
+
+
 FromChild = Progress | Up | Fatal | Heartbeat
-ToChild = EngineLost | EngineDead
+ToChild = EngineLost | EngineDead | Drain | Stop
 
 _from_child: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
 _to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)

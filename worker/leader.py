@@ -148,11 +148,11 @@ class Leader:
         letters = self._sort(retired)
         now = self._clock()
         if now - self._last_report >= REPORT_S:
+            self._last_report = now
             for gateway in self._gateways:
                 letters.setdefault(gateway, _Letter())
         if not letters:
             return
-        self._last_report = now
         stats = self._scheduler.stats()
         if plan is not None:
             stats = msgspec.structs.replace(

@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5
 JOIN_TIMEOUT = timedelta(minutes=10)
 
+_TOO_LITTLE_MEMORY = (
+    "the GPU's memory does not hold the weights and one step; raise tensor_parallel_size, lower max_batched_tokens or "
+    "max_running, or end what else uses the GPU"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSpec:
@@ -55,6 +60,9 @@ def run_rank(spec: RankSpec, control: ChildEnd) -> int:
         turn = _prepare(spec, control)
     except (ModelError, ConfigError) as error:
         control.send(Fatal(str(error)))
+        return 2
+    except torch.OutOfMemoryError:
+        control.send(Fatal(_TOO_LITTLE_MEMORY))
         return 2
     gc.collect()
     gc.freeze()  # what lives now lives as long as the process: the collector need not look at it again

@@ -232,10 +232,9 @@ def build_runner(
     del cache_of_one
     num_blocks = _agree(num_blocks, tp, runtime.device)
     if num_blocks < 1:
-        raise ConfigError(
-            f"no memory for one KV block of {block_bytes >> 10} KiB after weights and activations; "
-            "raise gpu_memory_utilization, lower max_batched_tokens, or use more GPUs"
-        )
+        on_gpu = "raise gpu_memory_utilization, lower max_batched_tokens, or use more GPUs"
+        remedy = on_gpu if runtime.on_gpu else "raise cpu_kv_gib"
+        raise ConfigError(f"no memory for one KV block of {block_bytes} bytes beside weights and activations; {remedy}")
     kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
     runner = Runner(model, tables, kv_cache, runtime)
     if runtime.cuda_graphs and model.capturable:

@@ -197,6 +197,8 @@ class Scheduler:
         if sequence.phase is Phase.WAITING:
             self._stop_waiting(sequence)
             sequence.phase = Phase.GONE
+            sequence.ids = sequence.ids[:0].copy()  # its place in the heap may outlive it for long
+            sequence.digests.clear()
             del self._sequences[owner, number]
             self._notices.finished.append((owner, farewell))
         elif sequence.phase is Phase.RUNNING or sequence.requeue:

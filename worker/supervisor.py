@@ -28,7 +28,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from worker.channel import private_endpoint
 from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
-from worker.control import ChildEnd, EngineDead, EngineLost, Fatal, Heartbeat, Progress, SupervisorEnd, Up
+from worker.control import ChildEnd, Drain, EngineDead, EngineLost, Fatal, Heartbeat, Progress, Stop, SupervisorEnd, Up
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def serve(
 
     Args:
         gateway: runs a gateway in a process of its own; picklable.
-        drain_timeout_s: how long the gateway may take to end after SIGTERM before it is killed.
+        drain_timeout_s: how long the gateway may take to drain before it is killed.
         on_progress: told about long work, with the name of the process that does it.
         on_ready: told once, with the gateway's facts and the seconds since the start.
 
@@ -267,9 +267,12 @@ class _Supervisor:
         gateway = self._gateway
         if gateway is None or not gateway.up or not gateway.process.is_alive():
             raise _StopError(128 + number)  # nobody is served yet
-        grace = END_GRACE_S if self._draining else self._drain_timeout_s + END_GRACE_S
-        self._kill_gateway_at = time.monotonic() + grace
-        gateway.process.terminate()
+        if self._draining:
+            gateway.control.send(Stop())
+            self._kill_gateway_at = time.monotonic() + END_GRACE_S
+        else:
+            gateway.control.send(Drain())
+            self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
 
     def _kill_ranks(self) -> None:
         for rank in self._ranks:
@@ -282,8 +285,9 @@ class _Supervisor:
     def _end_all(self) -> None:
         self._kill_ranks()  # they own nothing that would outlive them
         if self._gateway is not None:
-            self._gateway.process.terminate()
-            self._gateway.process.join(END_GRACE_S)
+            if self._gateway.up:
+                self._gateway.control.send(Stop())
+                self._gateway.process.join(END_GRACE_S)
             self._gateway.process.kill()
             self._gateway.process.join()
             self._gateway.control.close()
@@ -310,8 +314,13 @@ def _rank_main(name: str, parent: int, log_level: str, connection: Connection, s
 
 
 def _settle(name: str, parent: int, log_level: str) -> None:
-    """Make a fresh process a good child: it dies with its supervisor, and Ctrl-C is the supervisor's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make a fresh process a good child: it dies with its supervisor, and leaves signals to it.
+
+    A terminal sends Ctrl-C to every process, and some process managers SIGTERM too. What they mean is decided once, in
+    the supervisor, which tells its children over the control pipe or kills them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -28,7 +28,7 @@ from service.config import ServeConfig
 from service.server import Gateway
 from tests.service.fake_leader import VOCAB_SIZE, FakeLeader, private_endpoint
 from worker.config import ConfigError
-from worker.control import ChildEnd, SupervisorEnd, Up
+from worker.control import ChildEnd, Stop, SupervisorEnd, Up
 
 EOS = "<|im_end|>"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", EOS)
@@ -143,8 +143,7 @@ def serve(leader: FakeLeader, checkpoint: Path) -> Serve:
                 yield Served(gateway, leader, supervisor, running, facts, channel)
         finally:
             if not running.done():
-                gateway._on_sigterm()
-                gateway._on_sigterm()
+                supervisor.send(Stop())
             with contextlib.suppress(ConfigError):  # what a test provoked it has seen already
                 await asyncio.wait_for(running, 10)
             ours.close()

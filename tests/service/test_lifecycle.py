@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from service.server import SERVICE_NAMES, run_gateway
 from tests.service.conftest import Serve, Served, collect, eventually, generate_request, ids
 from tests.service.fake_leader import FakeLeader, count_up, private_endpoint
 from tests.service.test_errors import exhaust_by_reading, failure
-from worker.control import EngineDead, EngineLost, Fatal, SupervisorEnd, Up
+from worker.control import Drain, EngineDead, EngineLost, Fatal, Stop, SupervisorEnd, Up
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -129,7 +127,7 @@ async def test_reflection_tells_the_contract_unless_it_is_off(served: Served, se
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_sigterm_withdraws_then_refuses_then_waits_for_what_runs(serve: Serve, leader: FakeLeader) -> None:
+async def test_draining_withdraws_then_refuses_then_waits_for_what_runs(serve: Serve, leader: FakeLeader) -> None:
     leader.step_s = 0.01
     async with serve(withdrawal_s=0.3) as served:
         running = [
@@ -137,7 +135,7 @@ async def test_sigterm_withdraws_then_refuses_then_waits_for_what_runs(serve: Se
             for n in range(20)
         ]
         await eventually(lambda: len(leader.running) == 20)
-        served.gateway._on_sigterm()
+        served.gateway.end_gracefully()
         await asyncio.sleep(0.05)
         assert await check(served.channel) == NOT_SERVING
         late = await collect(served.generation.Generate(generate_request(ids(7), max_tokens=2)))
@@ -156,7 +154,7 @@ async def test_what_outlives_the_drain_timeout_is_cut_off(serve: Serve, leader: 
     async with serve(drain_timeout_s=0.2) as served:
         call = served.generation.Generate(generate_request(ids(1), max_tokens=200))
         await call.read()
-        served.gateway._on_sigterm()
+        served.gateway.end_gracefully()
         began = time.monotonic()
         assert await asyncio.wait_for(served.running, 5) == 0
         assert time.monotonic() - began < 3
@@ -199,7 +197,7 @@ def config_for(checkpoint: Path, **options: Any) -> ServeConfig:
     return ServeConfig(**({"model": str(checkpoint), "port": 0, "metrics_port": 0} | options))
 
 
-async def test_the_process_drains_on_sigterm_and_exits_with_0(leader: FakeLeader, checkpoint: Path) -> None:
+async def test_the_process_drains_and_exits_with_0(leader: FakeLeader, checkpoint: Path) -> None:
     leader.step_s = 0.01
     with process(config_for(checkpoint), leader) as (child, supervisor, _):
         up = await hear(supervisor)
@@ -209,14 +207,12 @@ async def test_the_process_drains_on_sigterm_and_exits_with_0(leader: FakeLeader
             stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
             running = asyncio.create_task(collect(stub.Generate(generate_request(ids(1), max_tokens=80))))
             await eventually(lambda: bool(leader.running))
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGINT)  # a terminal's Ctrl-C is the supervisor's to answer
-            os.kill(child.pid, signal.SIGTERM)
+            supervisor.send(Drain())
             assert len((await running).ids) == 80
         assert await ended(child) == 0
 
 
-async def test_a_second_sigterm_stops_at_once(leader: FakeLeader, checkpoint: Path) -> None:
+async def test_the_process_stops_at_once(leader: FakeLeader, checkpoint: Path) -> None:
     leader.step_s = 0.5
     with process(config_for(checkpoint), leader) as (child, supervisor, _):
         up = await hear(supervisor)
@@ -224,12 +220,11 @@ async def test_a_second_sigterm_stops_at_once(leader: FakeLeader, checkpoint: Pa
             stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
             call = stub.Generate(generate_request(ids(1), max_tokens=200))
             await call.read()
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGTERM)
+            supervisor.send(Drain())
             await asyncio.sleep(0.2)
             assert child.is_alive()
             began = time.monotonic()
-            os.kill(child.pid, signal.SIGTERM)
+            supervisor.send(Stop())
             assert await ended(child) == 0
             assert time.monotonic() - began < 2
 
