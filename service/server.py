@@ -319,7 +319,7 @@ class Gateway:
             self._end(EXIT_DONE, at_once=True)
         elif isinstance(message, EngineLost):
             logger.warning("engine lost: %s", message.reason)
-            self._engine.engine_lost(message.reason)
+            self._engine.engine_lost(message.epoch, message.reason)
         elif isinstance(message, EngineDead):
             logger.error("engine dead: %s", message.reason)
             self._engine.engine_dead(message.reason)

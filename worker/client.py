@@ -227,8 +227,10 @@ class EngineClient:
             raise EngineUnavailableError(self.state, self._reason)
         return self.info
 
-    def engine_lost(self, reason: str) -> None:
-        """The supervisor says that the ranks died and come again. Running requests wait for them."""
+    def engine_lost(self, epoch: int, reason: str) -> None:
+        """The supervisor says that the ranks of an epoch died and come again. Running requests wait for them."""
+        if self.info is not None and self.info.epoch > epoch:
+            return  # they have come already: a busy loop may hear their `Ready` before this
         self._ready.clear()
         self._reason = reason
         self._set_state(EngineState.RESTARTING)

@@ -43,8 +43,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
 
 class EngineLost(msgspec.Struct, frozen=True, tag="engine_lost"):
-    """The ranks died and are being started again: hold what runs, refuse what is new."""
+    """The ranks of this epoch died and are being started again: hold what runs, refuse what is new."""
 
+    epoch: int
     reason: str
 
 

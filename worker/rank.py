@@ -160,7 +160,7 @@ def _fit_model_len(config: EngineConfig, runtime: RuntimeConfig, num_blocks: int
 def _set_up_device(runtime: RuntimeConfig, tp_size: int) -> None:
     if runtime.on_gpu:
         torch.cuda.set_device(runtime.device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
 
 

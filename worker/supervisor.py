@@ -254,7 +254,7 @@ class _Supervisor:
             logger.error("giving up after %d restarts in %d minutes", len(self._restarts), RESTART_WINDOW_S // 60)
             raise _StopError(1)
         self._restarts.append(now)
-        gateway.control.send(EngineLost(reason))
+        gateway.control.send(EngineLost(self._epoch, reason))
         self._start_ranks()
 
     # -- ending --------------------------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ async def test_without_a_tokenizer_text_is_a_failed_precondition(serve: Serve, b
 
 
 async def test_while_the_engine_restarts_it_is_unavailable_and_worth_a_retry(served: Served) -> None:
-    served.gateway._engine.engine_lost("it died")
+    served.gateway._engine.engine_lost(1, "it died")
     failed = await failure(served.generation.Generate(generate_request("text")))
     assert (failed.code, failed.info.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING")
     assert failed.has_retry

@@ -69,7 +69,7 @@ async def test_health_is_watched_live_and_streams_outlive_the_engine(served: Ser
     results = [asyncio.create_task(collect(call)) for call in calls]
     await eventually(lambda: leader.generated > 30)
     leader.die()
-    served.supervisor.send(EngineLost("rank 0 died"))
+    served.supervisor.send(EngineLost(1, "rank 0 died"))
     assert (await watch.read()).status == NOT_SERVING
     failed = await failure(served.generation.Generate(generate_request(ids(1))))
     assert (failed.code, failed.info.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING")
@@ -92,7 +92,7 @@ async def test_a_request_under_which_the_engine_dies_again_and_again_is_failed(
     failing = asyncio.create_task(failure(call))
     for epoch in (2, 3, 4):
         leader.die()
-        served.supervisor.send(EngineLost("again"))
+        served.supervisor.send(EngineLost(epoch - 1, "again"))
         leader = FakeLeader(leader.endpoint, epoch=epoch, hold=True).__enter__()
         if epoch < 4:
             await eventually(lambda leader=leader: len(leader.submits) == 1)  # type: ignore[misc]

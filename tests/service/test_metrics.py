@@ -155,6 +155,6 @@ def test_counters_go_on_when_the_engine_starts_again() -> None:
 
 
 async def test_ranks_are_down_while_the_engine_is(served: Served) -> None:
-    served.gateway._engine.engine_lost("x")
+    served.gateway._engine.engine_lost(1, "x")
     assert served.gateway._engine.state is EngineState.RESTARTING
     assert served.metric("worker_up", rank="0") == 0

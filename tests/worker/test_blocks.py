@@ -105,7 +105,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert {block for block in range(self.pool.num_blocks) if self.pool.is_held(block)} == self.held
 
 
-BlockPoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+BlockPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestBlockPool = BlockPoolMachine.TestCase
 
 

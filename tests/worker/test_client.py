@@ -116,7 +116,7 @@ async def test_streams_go_on_with_another_leader_without_loss_or_repetition(
     for epoch in (2, 3):
         await eventually(lambda leader=leader: leader.generated > 25)  # type: ignore[misc]
         leader.die()
-        client.engine_lost("killed")
+        client.engine_lost(epoch - 1, "killed")
         with pytest.raises(EngineUnavailableError):
             client.submit(request(1))
         leader = FakeLeader(leader.endpoint, epoch=epoch, step_s=0.01).__enter__()
@@ -135,11 +135,27 @@ async def test_a_leader_of_the_same_epoch_is_not_believed(client: EngineClient, 
     client.submit(request(1))
     await eventually(lambda: len(leader.submits) == 1)
     leader.die()
-    client.engine_lost("killed")
+    client.engine_lost(1, "killed")
     with FakeLeader(leader.endpoint, epoch=1) as impostor:
         await asyncio.sleep(0.3)
         assert client.state is EngineState.RESTARTING
         assert impostor.submits == []
+
+
+async def test_news_of_a_death_that_come_after_the_new_ranks_change_nothing(
+    client: EngineClient, leader: FakeLeader
+) -> None:
+    leader.step_s = 0.01
+    stream = client.submit(request(1, max_tokens=50))
+    await eventually(lambda: leader.generated > 5)
+    leader.die()
+    with FakeLeader(leader.endpoint, epoch=2, step_s=0.01):
+        await eventually(lambda: client.info is not None and client.info.epoch == 2)
+        client.engine_lost(1, "killed")
+        assert client.state is EngineState.READY
+        batches, finished = await drain(stream)
+    assert [token for batch in batches for token in batch] == [count_up([1], i) for i in range(50)]
+    assert finished.reason is FinishReason.MAX_TOKENS
 
 
 async def test_a_dead_engine_fails_what_runs_and_wakes_who_waits(client: EngineClient, leader: FakeLeader) -> None:

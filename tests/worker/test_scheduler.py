@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.worker.fake_device import Expected, FakeDevice, expected_output
 from worker.messages import Finished, FinishReason, SamplingParams, Submit, ids_to_bytes
-from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
+from worker.plan import StepPlan
+from worker.scheduler import Phase, PlannedStep, Scheduler, SchedulerLimits
 
 LIMITS = SchedulerLimits(
     vocab_size=13,
@@ -73,8 +74,8 @@ class Simulation:
         self.listen()
         if planned is None:
             return False
-        if len(planned.plan.admissions) and others_ran:
-            assert self.scheduler._pool.num_free >= self.limits.watermark_blocks, "the watermark"
+        if len(planned.plan.admissions):
+            self._check_admissions(planned.plan, others_ran)
         self.device.launch(planned.plan)
         self.in_flight.append(planned)
         return True
@@ -135,6 +136,15 @@ class Simulation:
         assert stats.blocks_used == pool.num_held
         assert stats.blocks_used + stats.blocks_cached <= stats.blocks_total == self.limits.num_blocks
         assert stats.running <= self.limits.max_running
+
+    def _check_admissions(self, plan: StepPlan, others_ran: bool) -> None:
+        scheduler = self.scheduler
+        if others_ran:
+            assert scheduler._pool.num_free >= self.limits.watermark_blocks, "the watermark"
+        seated = [scheduler._in_slot(slot).arrival for slot in plan.admissions["slot"].tolist()]
+        waiting = [s.arrival for s in scheduler._sequences.values() if s.phase is Phase.WAITING]
+        assert seated == sorted(seated)
+        assert not waiting or seated[-1] < min(waiting), "somebody who came later was seated before"
 
     def check_outcome(self) -> None:
         """At the end: everybody got exactly what the model makes of the request alone, and nothing is left behind."""

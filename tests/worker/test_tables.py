@@ -1,0 +1,249 @@
+"""The device tables against the same tables in plain Python, over plans of every kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.inputs import StepInputs
+from tests.worker.fake_device import NAN, PlainTables, Row
+from worker.messages import MAX_STOP_IDS
+from worker.plan import ADMISSION, StepPlan
+from worker.scheduler import BROKEN_ROW, NO_TOKEN
+from worker.tables import Rows, SlotTables
+
+SLOTS = 4
+MAX_LEN = 20
+BLOCK_SIZE = 4
+VOCAB = 9
+
+
+class Pair:
+    """Both kinds of tables, told the same, and compared after every step."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.plain = PlainTables()
+        self.tables = SlotTables(
+            num_slots=SLOTS,
+            max_model_len=MAX_LEN,
+            block_size=BLOCK_SIZE,
+            vocab_size=VOCAB,
+            device=torch.device("cpu"),
+        )
+        self.outcomes: set[str] = set()
+
+    def step(self) -> None:
+        """Plan something that is allowed, run it through both, and compare."""
+        plan = self._plan()
+        if len(plan.admissions):
+            self.tables.admit(plan)
+        if len(plan.block_updates):
+            self.tables.set_blocks(torch.from_numpy(plan.block_updates.copy()))
+        self.plain.apply(plan)
+        expected = self.plain.rows(plan)
+        inputs, rows = self.tables.prepare(
+            torch.from_numpy(plan.slots).long(),
+            torch.from_numpy(plan.query_lens),
+            num_tokens=plan.num_tokens,
+            max_kv_len=plan.max_kv_len,
+            plan=plan,
+        )
+        self._compare_inputs(plan, expected, inputs, rows)
+        drawn = self._draw(expected)
+        told = self.tables.retire(rows, torch.tensor(drawn, dtype=torch.int32)).tolist()
+        assert told == self.plain.retire(expected, drawn)
+        self._note(expected, told)
+        self._compare_tables()
+
+    def _plan(self) -> StepPlan:
+        slots = [int(slot) for slot in self.rng.permutation(SLOTS)[: self.rng.integers(1, SLOTS + 1)]]
+        newcomers = [slot for slot in slots if slot not in self.plain.slots or self.rng.random() < 0.25]
+        records = [self._record(slot) for slot in newcomers]
+        remaining = {slot: len(self.plain.slot(slot).ids) - self.plain.slot(slot).computed for slot in slots}
+        remaining |= {int(record["slot"]): int(record["num_ids"] - record["num_cached"]) for record in records}
+        decodes = [slot for slot in slots if slot not in newcomers and (remaining[slot] <= 1 or self._done(slot))]
+        chunks = [slot for slot in slots if slot not in decodes]
+        padding = [SLOTS] * int(self.rng.integers(0, 3)) if not chunks else []
+        lens = [1] * (len(decodes) + len(padding)) + [int(self.rng.integers(1, remaining[s] + 1)) for s in chunks]
+        rows = decodes + padding + chunks
+        blocks = self.rng.permutation(100)[: len(slots)]
+        ids = [self.rng.integers(0, VOCAB, int(record["num_ids"])) for record in records]
+        return StepPlan(
+            step=0,
+            slots=np.array(rows, np.int32),
+            query_lens=np.array(lens, np.int32),
+            num_decode_rows=len(decodes) + len(padding),
+            max_query_len=max(lens),
+            max_kv_len=MAX_LEN,
+            block_updates=np.array(
+                [
+                    (slot, self.rng.integers(0, MAX_LEN // BLOCK_SIZE), block)
+                    for slot, block in zip(slots, blocks, strict=True)
+                ],
+                np.int32,
+            ),
+            admissions=np.array(records, ADMISSION),
+            admitted_ids=np.concatenate([*ids, np.empty(0)]).astype(np.int32),
+        )
+
+    def _done(self, slot: int) -> bool:
+        return self.plain.slot(slot).done
+
+    def _record(self, slot: int) -> np.void:
+        record = np.zeros(1, ADMISSION)[0]
+        num_ids = int(self.rng.integers(1, MAX_LEN))
+        record["slot"] = slot
+        record["num_ids"] = num_ids
+        record["num_prompt"] = self.rng.integers(1, num_ids + 1)
+        record["num_cached"] = self.rng.integers(0, num_ids)
+        record["max_length"] = self.rng.integers(num_ids + 1, MAX_LEN + 1)
+        record["min_length"] = self.rng.integers(0, MAX_LEN)
+        record["penalizes"] = self.rng.integers(0, 2)
+        record["top_k"] = self.rng.integers(0, 100)
+        record["seed"] = self.rng.integers(-(2**63), 2**63 - 1)
+        for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition"):
+            record[name] = self.rng.random()
+        record["stop_ids"] = -1
+        stops = self.rng.permutation(VOCAB)[: self.rng.integers(0, 3)]
+        record["stop_ids"][: len(stops)] = stops
+        return record
+
+    def _draw(self, rows: list[Row]) -> list[int]:
+        """A sampler draws something for every row; where nothing is sampled it means nothing, and may be NaN too."""
+        return [NAN if self.rng.random() < 0.1 else int(self.rng.integers(0, VOCAB)) for _ in rows]
+
+    def _compare_inputs(self, plan: StepPlan, expected: list[Row], inputs: StepInputs, rows: Rows) -> None:
+        starts = [0, *np.cumsum(plan.query_lens).tolist()]
+        assert inputs.query_starts.tolist() == starts
+        assert rows.last_tokens.tolist() == [start - 1 for start in starts[1:]]
+        assert rows.live.tolist() == [row.live for row in expected]
+        assert rows.samples.tolist() == [row.samples for row in expected]
+        assert inputs.kv_lens.tolist() == [row.positions.stop if row.live else 0 for row in expected]
+        assert (inputs.num_decode_rows, inputs.max_query_len, inputs.max_kv_len) == (
+            plan.num_decode_rows,
+            plan.max_query_len,
+            plan.max_kv_len,
+        )
+        # What dead rows read is never used, but it must be readable: an id of the vocabulary at a position that exists.
+        assert all(0 <= token < VOCAB for token in inputs.token_ids.tolist())
+        assert all(0 <= position < MAX_LEN for position in inputs.positions.tolist())
+        for row, start, stop in zip(expected, starts, starts[1:], strict=False):
+            if not row.live:
+                assert inputs.kv_slots[start:stop].tolist() == [-1] * (stop - start)
+                continue
+            slot = self.plain.slot(row.slot)
+            places = [
+                slot.blocks.get(position // BLOCK_SIZE, 0) * BLOCK_SIZE + position % BLOCK_SIZE
+                for position in row.positions
+            ]
+            assert inputs.kv_slots[start:stop].tolist() == places
+            assert inputs.positions[start:stop].tolist() == list(row.positions)
+            assert inputs.token_ids[start:stop].tolist() == slot.ids[row.positions.start : row.positions.stop]
+        for row, table in zip(expected, inputs.block_tables.tolist(), strict=True):
+            if row.live:
+                blocks = self.plain.slot(row.slot).blocks
+                assert table == [blocks.get(index, 0) for index in range(MAX_LEN // BLOCK_SIZE)]
+
+    def _compare_tables(self) -> None:
+        for number, slot in self.plain.slots.items():
+            if number == SLOTS:
+                continue
+            assert self.tables._tokens[number, : len(slot.ids)].tolist() == slot.ids
+            assert bool(self.tables._done[number]) == slot.done
+            assert int(self.tables._length[number]) == len(slot.ids)
+            assert int(self.tables._computed[number]) == slot.computed
+            if slot.penalizes:
+                expected = [slot.counts[token] for token in range(VOCAB)]
+                assert self.tables.sampling.counts[number].tolist() == expected
+        assert bool(self.tables._done[SLOTS]), "the scratch row is always done"
+
+    def _note(self, rows: list[Row], told: list[int]) -> None:
+        for row, token in zip(rows, told, strict=True):
+            if not row.live:
+                self.outcomes.add("padding" if row.slot == SLOTS else "dead")
+            elif not row.samples:
+                self.outcomes.add("chunk")
+            elif token == BROKEN_ROW:
+                self.outcomes.add("broken")
+            elif token in self.plain.slot(row.slot).stop_ids:
+                self.outcomes.add("stopped")
+            elif self._done(row.slot):
+                self.outcomes.add("full")
+            else:
+                self.outcomes.add("token")
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_tables_do_what_plain_tables_do(seed: int) -> None:
+    pair = Pair(np.random.default_rng(seed))
+    for _ in range(12):
+        pair.step()
+
+
+def test_every_kind_of_row_occurs() -> None:
+    """Keeps the test above honest."""
+    pair = Pair(np.random.default_rng(0))
+    for _ in range(120):
+        pair.step()
+    assert pair.outcomes == {"padding", "dead", "chunk", "broken", "stopped", "full", "token"}
+
+
+def admission(**fields: object) -> StepPlan:
+    record = np.zeros(1, ADMISSION)
+    record["stop_ids"] = -1
+    for name, value in ({"slot": 2, "num_ids": 3, "num_prompt": 3, "max_length": MAX_LEN} | fields).items():
+        record[name] = value
+    return StepPlan(
+        step=0,
+        slots=np.array([2], np.int32),
+        query_lens=np.array([3], np.int32),
+        num_decode_rows=0,
+        max_query_len=3,
+        max_kv_len=3,
+        block_updates=np.empty((0, 3), np.int32),
+        admissions=record,
+        admitted_ids=np.array([4, 5, 4], np.int32),
+    )
+
+
+@pytest.mark.parametrize("through_a_frame", [False, True])
+def test_sampling_parameters_arrive_bit_for_bit(through_a_frame: bool) -> None:
+    values: dict[str, object] = {
+        "temperature": 0.1,
+        "top_p": 0.2,
+        "min_p": 0.3,
+        "presence": -0.4,
+        "frequency": 0.5,
+        "repetition": 1.6,
+        "top_k": 7,
+        "seed": -(2**63) + 12345,
+        "min_length": 8,
+        "stop_ids": [8, 1] + [-1] * (MAX_STOP_IDS - 2),
+    }
+    plan = admission(**values)
+    tables = Pair(np.random.default_rng(0)).tables
+    tables.admit(StepPlan.decode(plan.encode()) if through_a_frame else plan)
+    for name in values:
+        column = getattr(tables.sampling, name)[2].numpy()
+        assert column.tobytes() == plan.admissions[name][0].tobytes(), name
+
+
+def test_a_resumed_sequence_counts_its_prompt_and_its_output_apart() -> None:
+    tables = Pair(np.random.default_rng(0)).tables
+    tables.admit(admission(penalizes=1, num_prompt=1))
+    assert tables.sampling.counts[2].tolist() == [0, 0, 0, 0, 3, 2, 0, 0, 0]
+
+
+def test_a_row_that_draws_nothing_is_told_so() -> None:
+    tables = Pair(np.random.default_rng(0)).tables
+    plan = admission(num_ids=3)
+    tables.admit(plan)
+    _, rows = tables.prepare(
+        torch.tensor([2, 3]), torch.tensor([2, 1], dtype=torch.int32), num_tokens=3, max_kv_len=3, plan=plan
+    )
+    assert tables.retire(rows, torch.tensor([NAN, NAN], dtype=torch.int32)).tolist() == [NO_TOKEN, NO_TOKEN]
