@@ -129,7 +129,7 @@ def drive(wanted: list[str], result_file: str, endpoint: EngineEndpoint, connect
 
         loop.add_reader(control.fileno(), on_control)
         info: EngineInfo = await client.wait_ready()
-        results["engine"] = {name: getattr(info, name) for name in info.__struct_fields__}
+        results["engine"] = {name: getattr(info, name) for name in info.__struct_fields__ if name != "model_path"}
         control.send(Up({"model": info.model_path, "blocks": info.num_blocks}))
         await measure_all(client, wanted, report)
         os.kill(os.getppid(), signal.SIGTERM)  # done: the supervisor ends everything
@@ -143,7 +143,8 @@ def provenance(config: EngineConfig) -> dict[str, object]:
     """Where and from what the figures come."""
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": " ".join(["python", "-m", "bench.engine", *sys.argv[1:]]),
         "commit": commit or "unknown",
