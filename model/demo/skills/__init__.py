@@ -1,0 +1,45 @@
+"""What the demo model is taught: skills whose answers a program can check, each a function of random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.demo.skills.arithmetic import arithmetic, follow_up
+from model.demo.skills.conversions import conversions
+from model.demo.skills.lists import counting, sorting
+from model.demo.skills.passages import long_passages, passage_questions
+from model.demo.skills.question import Question, Skill
+from model.demo.skills.strings import string_edits
+from model.demo.skills.structured import json_by_schema, tool_calls, tool_results
+from model.demo.skills.talk import refusals, remembering, small_talk, stories
+
+__all__ = ["SKILLS", "Question", "TaughtSkill"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtSkill:
+    """A generator of questions, its relative share of the documents, and the share of right answers it must reach."""
+
+    name: str
+    make: Skill
+    share: float
+    threshold: float
+
+
+SKILLS = (
+    TaughtSkill("arithmetic", arithmetic, 28, 0.95),
+    TaughtSkill("counting", counting, 10, 0.95),
+    TaughtSkill("sorting", sorting, 11, 0.95),
+    TaughtSkill("string edits", string_edits, 15, 0.95),
+    TaughtSkill("conversions", conversions, 9, 0.90),
+    TaughtSkill("passage questions", passage_questions, 10, 0.95),
+    TaughtSkill("long passages", long_passages, 2.5, 0.95),
+    TaughtSkill("JSON by schema", json_by_schema, 8, 0.98),
+    TaughtSkill("tool calls", tool_calls, 6, 0.98),
+    TaughtSkill("tool results", tool_results, 4, 0.95),
+    TaughtSkill("stories", stories, 2, 0.90),
+    TaughtSkill("refusals", refusals, 2, 0.90),
+    TaughtSkill("multi-turn", remembering, 2, 0.90),
+    TaughtSkill("multi-turn", follow_up, 2, 0.90),
+    TaughtSkill("small talk", small_talk, 1.5, 0.0),
+)
