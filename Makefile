@@ -6,6 +6,7 @@ VENV  ?= .venv
 # A local CPU build, where one is to be had, is found by its exact version. With a GPU: make setup-gpu.
 TORCH ?= torch==2.13.0
 ARGS  ?=
+JOBS  ?= 2
 AGAINST ?= main
 
 BIN   := $(VENV)/bin
@@ -30,7 +31,7 @@ serve: $(VENV)/.server  ## keep a server running (ARGS="--model Qwen/Qwen3-0.6B 
 	@$(BIN)/lightqwen serve $(ARGS)
 
 test: lint buf-lint  ## lint and types, then all tests that need no GPU (ARGS="-k client")
-	@$(PY) -m pytest -q -m "not gpu" $(ARGS)
+	@$(PY) -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.test  ## the tests that need a GPU
 	@$(PY) -m pytest -q -m gpu $(ARGS)
