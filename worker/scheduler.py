@@ -35,6 +35,10 @@ from worker.messages import (
 )
 from worker.plan import ADMISSION, StepPlan
 
+_NO_UPDATES = np.empty((0, 3), np.int32)
+_NO_ADMISSIONS = np.empty(0, ADMISSION)
+_NO_IDS = np.empty(0, np.int32)
+
 NO_TOKEN = -1  # a row that samples nothing, or that was done before the step
 BROKEN_ROW = -2  # a row whose logits hold a NaN
 
@@ -96,6 +100,7 @@ class PlannedStep:
     """A plan, and what the scheduler must remember of it until it retires."""
 
     plan: StepPlan
+    slots: np.ndarray  # [rows] intp
     samples: np.ndarray  # [rows] bool: the row draws a token
     computed_after: np.ndarray  # [rows] int32
 
@@ -134,13 +139,15 @@ class Scheduler:
         slots = limits.max_running
         self._sequence_in: list[Sequence | None] = [None] * slots
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._running = np.empty(0, np.int32)  # slots of the running sequences, in order of arrival
+        # Slots of the running sequences, in order of arrival; of the type that numpy indexes with fastest.
+        self._running = np.empty(0, np.intp)
         self._computed = np.zeros(slots, np.int32)
         self._length = np.zeros(slots, np.int32)
         self._known = np.zeros(slots, np.int32)
         self._max_length = np.zeros(slots, np.int32)
-        self._num_blocks = np.zeros(slots, np.int32)
-        self._num_registered = np.zeros(slots, np.int32)  # full blocks that the prefix index has seen
+        self._capacity = np.zeros(slots, np.int32)  # tokens that the slot's blocks hold
+        self._register_at = np.zeros(slots, np.int32)  # computed tokens at which its next full block is entered
+        self._stop_width = 1  # columns of _stop_ids that are in use
         self._last_step = np.full(slots, -1, np.int64)  # the last one planned with the slot
         self._listening = np.zeros(slots, np.bool_)  # somebody wants the slot's tokens
         self._owner = np.zeros(slots, np.int32)
@@ -246,17 +253,18 @@ class Scheduler:
         """Decide the next step: every decode that has room, then prefill chunks, then newcomers, within the budget."""
         self._release_left()
         updates: list[tuple[int, int, int]] = []
-        budget = self.limits.max_batched_tokens
-        decodes = self._grow(self._due(single=True), updates)
+        singles, longer = self._due()
+        decodes = self._grow(singles, updates)
+        budget = self.limits.max_batched_tokens - len(decodes)
         chunk_slots: list[int] = []
         chunk_lens: list[int] = []
-        budget -= len(decodes)
-        for slot in self._due(single=False).tolist():
+        for slot in longer:
             if budget == 0:
                 break
-            chunk_slots.append(slot)
-            chunk_lens.append(min(int(self._length[slot] - self._computed[slot]), budget))
-            budget -= chunk_lens[-1]
+            if self._is_running(slot):  # else it made room for a decode
+                chunk_slots.append(slot)
+                chunk_lens.append(min(int(self._length[slot] - self._computed[slot]), budget))
+                budget -= chunk_lens[-1]
         admitted: list[Sequence] = []
         while budget > 0 and (sequence := self._admit(updates)) is not None:
             admitted.append(sequence)
@@ -267,12 +275,13 @@ class Scheduler:
             return None
         return self._commit_plan(decodes, chunk_slots, chunk_lens, updates, admitted)
 
-    def _due(self, *, single: bool) -> np.ndarray:
-        """Running slots with exactly one token to compute, or with more."""
+    def _due(self) -> tuple[np.ndarray, list[int]]:
+        """Running slots with exactly one token to compute, and those with more."""
         running = self._running
-        remaining = self._length[running] - self._computed[running]
-        wanted = (remaining == 1) if single else (remaining > 1)
-        return running[wanted & (self._computed[running] < self._max_length[running] - 1)]
+        computed = self._computed[running]
+        remaining = self._length[running] - computed
+        remaining[computed >= self._max_length[running] - 1] = 0  # its last token needs no keys: nobody will see them
+        return running[remaining == 1], running[remaining > 1].tolist()
 
     def _commit_plan(
         self,
@@ -282,8 +291,10 @@ class Scheduler:
         updates: list[tuple[int, int, int]],
         admitted: list[Sequence],
     ) -> PlannedStep:
-        slots = np.concatenate((decodes, np.array(chunk_slots, np.int32)))
-        query_lens = np.concatenate((np.ones(len(decodes), np.int32), np.array(chunk_lens, np.int32)))
+        slots, query_lens = decodes, np.ones(len(decodes), np.int32)
+        if chunk_slots:
+            slots = np.concatenate((decodes, np.array(chunk_slots, np.intp)))
+            query_lens = np.concatenate((query_lens, np.array(chunk_lens, np.int32)))
         computed_after = self._computed[slots] + query_lens
         samples = computed_after == self._length[slots]
         self._computed[slots] = computed_after
@@ -293,16 +304,16 @@ class Scheduler:
         self._last_step[slots] = step
         plan = StepPlan(
             step=step,
-            slots=slots,
+            slots=slots.astype(np.int32),
             query_lens=query_lens,
             num_decode_rows=len(decodes),
             max_query_len=max(chunk_lens, default=1),
             max_kv_len=int(computed_after.max()),
-            block_updates=np.array(updates, np.int32).reshape(-1, 3),
-            admissions=np.array([self._admission(sequence) for sequence in admitted], ADMISSION),
-            admitted_ids=np.concatenate([s.ids for s in admitted]) if admitted else np.empty(0, np.int32),
+            block_updates=np.array(updates, np.int32).reshape(-1, 3) if updates else _NO_UPDATES,
+            admissions=np.array([self._admission(s) for s in admitted], ADMISSION) if admitted else _NO_ADMISSIONS,
+            admitted_ids=np.concatenate([s.ids for s in admitted]) if admitted else _NO_IDS,
         )
-        return PlannedStep(plan=plan, samples=samples, computed_after=computed_after)
+        return PlannedStep(plan=plan, slots=slots, samples=samples, computed_after=computed_after)
 
     def _grow(self, slots: np.ndarray, updates: list[tuple[int, int, int]]) -> np.ndarray:
         """Give a block to each slot whose next token needs one, preempting where none is left.
@@ -310,18 +321,18 @@ class Scheduler:
         Returns the slots that can run now. With steps in flight a victim's blocks come free only when these have
         retired, so a slot may have to sit out a step.
         """
-        needy = slots[self._computed[slots] // self.limits.block_size >= self._num_blocks[slots]]
+        needy = slots[self._computed[slots] >= self._capacity[slots]]
         short = [slot for slot in needy.tolist() if not self._append_block(slot, updates)]
+        if not short:
+            return slots
         while short and len(self._running) > 1 and self._num_blocks_coming() < len(short):
             victim = int(self._running[np.argmin(self._computed[self._running])])
             self._preempt(victim)
             # Its slot and blocks may go to others in this very step: a block table's entry is written once a step.
             updates[:] = [update for update in updates if update[0] != victim]
             self._release_left()
-            short = [s for s in short if s in self._running and not self._append_block(s, updates)]
-        if len(needy) == 0:
-            return slots
-        return slots[np.isin(slots, self._running) & ~np.isin(slots, np.array(short, np.int32))]
+            short = [s for s in short if self._is_running(s) and not self._append_block(s, updates)]
+        return slots[np.isin(slots, self._running) & ~np.isin(slots, np.array(short, np.intp))]
 
     def _append_block(self, slot: int, updates: list[tuple[int, int, int]]) -> bool:
         if self._pool.num_free == 0:
@@ -330,7 +341,7 @@ class Scheduler:
         (block,) = self._pool.allocate(1)
         updates.append((slot, len(sequence.blocks), block))
         sequence.blocks.append(block)
-        self._num_blocks[slot] += 1
+        self._capacity[slot] += self.limits.block_size
         return True
 
     def _num_blocks_coming(self) -> int:
@@ -370,13 +381,14 @@ class Scheduler:
         self._computed[slot] = num_cached
         self._length[slot] = self._known[slot] = known
         self._max_length[slot] = sequence.max_length
-        self._num_blocks[slot] = len(sequence.blocks)
-        self._num_registered[slot] = num_cached // self.limits.block_size
+        self._capacity[slot] = len(sequence.blocks) * self.limits.block_size
+        self._register_at[slot] = num_cached + self.limits.block_size
         self._last_step[slot] = -1
         self._listening[slot] = True
         self._owner[slot], self._number[slot] = sequence.owner, sequence.number
         self._stop_ids[slot] = -1
         self._stop_ids[slot, : len(sequence.stop_ids)] = sequence.stop_ids
+        self._stop_width = max(self._stop_width, len(sequence.stop_ids))
         self._ids[slot, :known] = sequence.ids
         sequence.phase = Phase.RUNNING
         self._set_running()
@@ -396,7 +408,7 @@ class Scheduler:
             sequence.slot,
             len(sequence.ids),
             sequence.num_prompt,
-            int(self._num_registered[sequence.slot]) * self.limits.block_size,
+            int(self._register_at[sequence.slot]) - self.limits.block_size,  # nothing is entered yet but what was found
             sequence.max_length,
             sequence.min_length,
             sampling.top_k,
@@ -415,18 +427,21 @@ class Scheduler:
 
     def retire(self, planned: PlannedStep, tokens: np.ndarray) -> RetiredStep:
         """Take in what a step produced: tokens [rows] int32, NO_TOKEN or BROKEN_ROW where there is none."""
-        slots = planned.plan.slots
+        slots = planned.slots
         listening = self._listening[slots]
-        self._register_blocks(slots[listening], planned.computed_after[listening])
+        filled = listening & (planned.computed_after >= self._register_at[slots])
+        for slot, computed in zip(slots[filled].tolist(), planned.computed_after[filled].tolist(), strict=True):
+            self._register_blocks(slot, computed)
         drawn = listening & planned.samples & (tokens >= 0)
         heard, new = slots[drawn], tokens[drawn]
-        self._ids[heard, self._known[heard]] = new
-        self._known[heard] += 1
+        known = self._known[heard]
+        self._ids[heard, known] = new
+        known += 1
+        self._known[heard] = known
         self._generated_tokens += len(new)
         retired = RetiredStep(owners=self._owner[heard], numbers=self._number[heard], tokens=new)
-        stopped = (new[:, None] == self._stop_ids[heard]).any(axis=1)
-        full = self._known[heard] == self._max_length[heard]
-        for i in np.flatnonzero(stopped | full).tolist():
+        stopped = (new[:, None] == self._stop_ids[:, : self._stop_width][heard]).any(axis=1)
+        for i in np.flatnonzero(stopped | (known == self._max_length[heard])).tolist():
             self._finish_with_token(self._in_slot(int(heard[i])), int(new[i]), stopped=bool(stopped[i]))
         for slot in slots[listening & planned.samples & (tokens == BROKEN_ROW)].tolist():
             sequence = self._in_slot(slot)
@@ -436,18 +451,17 @@ class Scheduler:
         self._release_left()
         return retired
 
-    def _register_blocks(self, slots: np.ndarray, computed: np.ndarray) -> None:
-        """Enter blocks that a retired step has filled into the prefix index."""
-        full = computed // self.limits.block_size
-        for i in np.flatnonzero(full > self._num_registered[slots]).tolist():
-            sequence = self._in_slot(int(slots[i]))
-            first, last = int(self._num_registered[slots[i]]), int(full[i])
-            self._num_registered[slots[i]] = last
-            if not sequence.shares_blocks:
-                continue
-            self._extend_digests(sequence, self._ids[slots[i], : last * self.limits.block_size])
-            for index in range(first, last):
-                self._pool.register(sequence.blocks[index], sequence.digests[index])
+    def _register_blocks(self, slot: int, computed: int) -> None:
+        """Enter the blocks that retired steps have filled up to `computed` tokens into the prefix index."""
+        size = self.limits.block_size
+        sequence = self._in_slot(slot)
+        first, last = int(self._register_at[slot]) // size - 1, computed // size
+        self._register_at[slot] = (last + 1) * size
+        if not sequence.shares_blocks:
+            return
+        self._extend_digests(sequence, self._ids[slot, : last * size])
+        for index in range(first, last):
+            self._pool.register(sequence.blocks[index], sequence.digests[index])
 
     def _finish_with_token(self, sequence: Sequence, token: int, *, stopped: bool) -> None:
         if not stopped:
@@ -513,7 +527,11 @@ class Scheduler:
     def _set_running(self) -> None:
         running = [s for s in self._sequence_in if s is not None and s.phase is Phase.RUNNING]
         running.sort(key=lambda sequence: sequence.arrival)
-        self._running = np.array([sequence.slot for sequence in running], np.int32)
+        self._running = np.array([sequence.slot for sequence in running], np.intp)
+
+    def _is_running(self, slot: int) -> bool:
+        sequence = self._sequence_in[slot]
+        return sequence is not None and sequence.phase is Phase.RUNNING
 
     def _in_slot(self, slot: int) -> Sequence:
         sequence = self._sequence_in[slot]
