@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +150,13 @@ class Runner:
 
     # -- building ------------------------------------------------------------------------------------------------------
 
+    def warm_up(self) -> None:
+        """Run eager steps of every kind on dead rows, so that no request waits for a kernel to be compiled."""
+        many = self._runtime.max_running
+        for decode_rows, chunk_lens in ((0, (16,)), (1, (16,)), (1, ()), (many - 1, (16,)), (many, ())):
+            self.launch(self._dead_plan(decode_rows, chunk_lens))
+            self.collect()
+
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:
         """Capture the decode steps, largest first so that the others fit into its memory."""
@@ -166,7 +173,7 @@ class Runner:
         inputs[:size] = self._tables.scratch_slot
         inputs[size::3] = self._tables.scratch_slot
         query_lens = self._single_queries[:size]  # a graph reads where its tensors lay: they must outlive it
-        plan = self._padding_plan(size)
+        plan = self._dead_plan(size)
 
         def step() -> torch.Tensor:
             self._tables.set_blocks(inputs[size:].view(size, 3))
@@ -179,14 +186,15 @@ class Runner:
             tokens = step()
         return _DecodeGraph(size, inputs, graph, tokens)
 
-    def _padding_plan(self, size: int) -> StepPlan:
-        """A decode step of dead rows, with the bounds that hold for every decode step."""
+    def _dead_plan(self, decode_rows: int, chunk_lens: Sequence[int] = ()) -> StepPlan:
+        """A step of dead rows, with the bounds that hold for every step."""
+        query_lens = np.array([1] * decode_rows + list(chunk_lens), np.int32)
         return StepPlan(
             step=0,
-            slots=np.full(size, self._tables.scratch_slot, np.int32),
-            query_lens=np.ones(size, np.int32),
-            num_decode_rows=size,
-            max_query_len=1,
+            slots=np.full(len(query_lens), self._tables.scratch_slot, np.int32),
+            query_lens=query_lens,
+            num_decode_rows=decode_rows,
+            max_query_len=max(chunk_lens, default=1),
             max_kv_len=self._runtime.max_model_len,
             block_updates=np.empty((0, 3), np.int32),
             admissions=np.empty(0),
@@ -237,8 +245,11 @@ def build_runner(
         raise ConfigError(f"no memory for one KV block of {block_bytes} bytes beside weights and activations; {remedy}")
     kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
     runner = Runner(model, tables, kv_cache, runtime)
-    if runtime.cuda_graphs and model.capturable:
-        runner.capture(progress)
+    if runtime.on_gpu:
+        progress("compiling kernels", 0, 0)
+        runner.warm_up()
+        if runtime.cuda_graphs and model.capturable:
+            runner.capture(progress)
     return runner
 
 

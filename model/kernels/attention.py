@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from model.kernels.runtime import jit, tl, triton, use_triton
+from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time
 _DECODE_PROGRAMS = 528  # programs that fill a GPU: four for each of an H200's 132 multiprocessors
@@ -210,7 +210,7 @@ def _split_len(kv_len, splits, TILE: tl.constexpr):
     return tl.cdiv(tl.cdiv(kv_len, splits), TILE) * TILE
 
 
-@jit
+@jit_once("splits")
 def _decode_kernel(
     q_ptr,  # [rows, KV_HEADS * GROUP, HEAD_DIM]
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
@@ -280,7 +280,7 @@ def _decode_kernel(
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@jit
+@jit_once("splits")
 def _merge_kernel(
     partial_out_ptr,  # [rows, heads, splits, HEAD_DIM] float32
     partial_lse_ptr,  # [rows, heads, splits] float32, base 2
@@ -355,7 +355,7 @@ def _prefill_tiles(element_size: int) -> dict[str, int]:
     return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 
-@jit
+@jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")
 def _prefill_kernel(
     q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]

@@ -19,12 +19,27 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-__all__ = ["jit", "tl", "triton", "use_triton"]
+__all__ = ["jit", "jit_once", "tl", "triton", "use_triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """Compile `function` with Triton where it is installed (in its interpreter where TRITON_INTERPRET=1)."""
     return function if triton is None else triton.jit(function)
+
+
+def jit_once(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """Return `jit` for a kernel whose arguments `varying` change from step to step.
+
+    Triton compiles a variant of a kernel for integers that are 1 or divisible by 16, and for pointers that are aligned.
+    Where that changes while requests run, one of them would wait for the compiler.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        if triton is None:
+            return function
+        return triton.jit(function, do_not_specialize=varying, do_not_specialize_on_alignment=varying)
+
+    return wrap
 
 
 def use_triton(x: torch.Tensor) -> bool:

@@ -65,6 +65,7 @@ class Engine:
     leader: Leader
     scheduler: Scheduler
     mailbox: Mailbox
+    runner: Runner
 
     def run(self, *requests: Submit) -> dict[int, list[int]]:
         """Run requests to their end; returns the tokens of each."""
@@ -154,7 +155,7 @@ def build(tiny_checkpoint: Path) -> Build:
         scheduler = Scheduler(limits, hash_key=b"key", clock=time.monotonic)
         mailbox = Mailbox([(0, Hello(secret=b""))])
         leader = Leader(scheduler, runners[key], mailbox, info, run_ahead=run_ahead, clock=time.monotonic)
-        return Engine(leader, scheduler, mailbox)
+        return Engine(leader, scheduler, mailbox, runners[key])
 
     return build
 
@@ -220,6 +221,15 @@ def test_preempted_requests_give_the_same_tokens(
 def test_the_block_size_changes_no_token(build: Build, expected: dict[int, list[int]], block_size: int) -> None:
     engine = build(block_size=block_size, num_blocks=1200 // block_size)
     assert engine.run(*submits()) == expected
+
+
+def test_warming_up_leaves_no_trace(build: Build, expected: dict[int, list[int]]) -> None:
+    engine = build()
+    assert engine.run(*submits()) == expected
+    engine.runner.warm_up()
+    hits = engine.stats.prefix_hit_tokens
+    assert engine.run(*submits()) == expected
+    assert engine.stats.prefix_hit_tokens > hits  # what the cache held before is still right
 
 
 def test_seeded_sampling_does_not_depend_on_company(build: Build) -> None:
