@@ -46,29 +46,36 @@ def _run_server(config: ServeConfig) -> int:
     folder, name = find_checkpoint(config.model, config.revision, terminal.say)
     # What can be told without them is told by now: these take a second to import.
     from service.logs import configure_logging
+    from service.ports import host_port
+    from service.probes import probe_endpoint
     from service.server import run_gateway
     from worker import supervisor
     from worker.config import EngineConfig
+    from worker.vitals import Vitals
 
     served = config.model_copy(update={"model": str(folder), "served_model_name": config.served_model_name or name})
     engine = EngineConfig(**{field: getattr(served, field) for field in EngineConfig.model_fields})
 
+    vitals = Vitals()
+
     def on_ready(facts: dict[str, str | int | float], seconds: float) -> None:
         terminal.close()
+        if health_port >= 0:
+            facts = {**facts, "health": host_port(served.health_host, health_port)}
         print(ready_line(facts, seconds), flush=True)
 
-    # gRPC's C core would write its own lines about a port in use; the gateway says it readably.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     configure_logging(served.log_level, served.log_format)
     try:
-        return supervisor.serve(
-            engine,
-            partial(run_gateway, served),
-            drain_timeout_s=served.withdrawal_s + served.drain_timeout_s,
-            on_progress=terminal.progress,
-            on_ready=on_ready,
-            log_level=served.log_level.upper(),
-        )
+        with probe_endpoint(served.health_host, served.health_port, vitals) as health_port:
+            return supervisor.serve(
+                engine,
+                partial(run_gateway, served),
+                drain_timeout_s=served.withdrawal_s + served.drain_timeout_s,
+                on_progress=terminal.progress,
+                on_ready=on_ready,
+                log_level=served.log_level.upper(),
+                vitals=vitals,
+            )
     finally:
         terminal.close()
 
@@ -93,6 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_request_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="the server (default: %(default)s)")
+    tls = parser.add_argument_group("security (default: plain text, no token)")
+    tls.add_argument("--tls", action="store_true", help="TLS, with the usual certificate authorities")
+    tls.add_argument("--tls-ca", metavar="FILE", help="TLS, with these certificate authorities (PEM)")
+    tls.add_argument("--tls-cert", metavar="FILE", help="a client certificate (PEM), for a server that wants one")
+    tls.add_argument("--tls-key", metavar="FILE", help="its key (PEM)")
+    tls.add_argument("--tls-server-name", metavar="NAME", help="the server's name, if not that in --target")
+    tls.add_argument("--token-file", metavar="FILE", help="a file with the bearer token (default: $LIGHTQWEN_TOKEN)")
     add("--system", metavar="TEXT", help="a system message to begin with")
     add("--thinking", action=argparse.BooleanOptionalAction, help="let the model think first (default: its template's)")
     sampling = parser.add_argument_group("sampling (default: the checkpoint's generation_config.json, then neutral)")
@@ -117,6 +131,8 @@ def _version() -> str:
 
 def run(argv: list[str]) -> int:
     """Run one command; raises what a user caused."""
+    # gRPC's C core would write its own lines about a port in use or a certificate; they are told readably.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if argv[:1] == ["serve"]:
         return serve(argv[1:])
     arguments = build_parser().parse_args(argv)

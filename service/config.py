@@ -6,11 +6,12 @@ environment variable `LIGHTQWEN_MAX_QUEUED_REQUESTS` and the key `max_queued_req
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -42,6 +43,20 @@ class ServeConfig(BaseSettings, EngineConfig):
     """Address to listen on for /metrics and /healthz."""
     metrics_port: int = Field(9464, ge=-1, le=65535)
     """HTTP port for /metrics and /healthz. 0: any free one; -1: none."""
+    health_host: str = "127.0.0.1"
+    """Address to listen on for probes."""
+    health_port: int = Field(-1, ge=-1, le=65535)
+    """Port for plaintext grpc.health.v1 that no load delays, for probes. 0: any free one; -1: none."""
+    tls_cert: Path | None = None
+    """Certificate chain of the gRPC port (PEM), with --tls-key. Read again when it changes. Default: plain text."""
+    tls_key: Path | None = None
+    """Key of --tls-cert (PEM, without a passphrase)."""
+    tls_client_ca: Path | None = None
+    """Certificates (PEM) of which one must have signed a client's: mutual TLS. Read again when it changes."""
+    auth_tokens_file: Path | None = None
+    """File with one name:token a line; every call needs one of these bearer tokens. Read again when it changes."""
+    admin_tokens_file: Path | None = None
+    """The same for AdminService, which then takes only these; the other services take them too."""
     served_model_name: str | None = Field(None, min_length=1, max_length=256)
     """The model's name in requests, answers and metrics. Default: the name of the checkpoint's folder."""
     max_queued_requests: int = Field(1024, ge=1)
@@ -73,6 +88,15 @@ class ServeConfig(BaseSettings, EngineConfig):
     log_format: Literal["text", "json"] = "text"
     """One line of text, or one JSON object, for each record."""
 
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
+            raise ValueError(f"{given}: needs {missing}")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca: needs --tls-cert and --tls-key")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -82,7 +106,7 @@ class ServeConfig(BaseSettings, EngineConfig):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _ConfigFile(settings_cls)
+        return init_settings, env_settings, _ConfigFile(settings_cls), _Launcher(settings_cls)
 
 
 class _ConfigFile(InitSettingsSource):
@@ -101,6 +125,44 @@ class _ConfigFile(InitSettingsSource):
             raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config: {path} is not TOML: {error}") from error
+
+
+class _Launcher(InitSettingsSource):
+    """What those who start one process on each of several nodes tell them: LeaderWorkerSet, else torchrun and its kin.
+
+    Only options that nothing else has given are taken; `nodes = 1` declines all of it.
+    """
+
+    NAMES: ClassVar[tuple[dict[str, tuple[str, ...]], ...]] = (
+        {
+            "nodes": ("LWS_GROUP_SIZE",),
+            "node_rank": ("LWS_WORKER_INDEX",),
+            "leader_address": ("LWS_LEADER_ADDRESS",),
+        },
+        {
+            "nodes": ("GROUP_WORLD_SIZE", "PET_NNODES", "NNODES"),
+            "node_rank": ("GROUP_RANK", "PET_NODE_RANK", "NODE_RANK"),
+            "leader_address": ("MASTER_ADDR",),
+            "leader_port": ("MASTER_PORT",),
+        },
+    )
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, init_kwargs={})
+
+    def __call__(self) -> dict[str, Any]:
+        given = self.current_state.get("nodes")
+        for names in self.NAMES:
+            found = {option: self._first(variables) for option, variables in names.items()}
+            found = {option: value for option, value in found.items() if value}
+            nodes = str(found.get("nodes", "1") if given is None else given)
+            if found and nodes != "1":
+                return found
+        return {}
+
+    @staticmethod
+    def _first(variables: tuple[str, ...]) -> str | None:
+        return next((os.environ[name] for name in variables if os.environ.get(name)), None)
 
 
 def load_config(argv: list[str], prog: str = "lightqwen serve") -> ServeConfig:

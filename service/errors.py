@@ -3,6 +3,8 @@
     ServeError
     ├── InvalidRequestError      INVALID_ARGUMENT     every wrong field, named
     ├── UnsupportedError         UNIMPLEMENTED        in the contract, not working here
+    ├── UnauthenticatedError     UNAUTHENTICATED      no token, or an unknown one
+    ├── PermissionDeniedError    PERMISSION_DENIED    a token that is not for this
     ├── PreconditionError        FAILED_PRECONDITION  this checkpoint cannot do that
     ├── ModelNotFoundError       NOT_FOUND
     ├── DuplicateRequestError    ALREADY_EXISTS
@@ -86,6 +88,19 @@ class UnsupportedError(ServeError):
     def __init__(self, field: str) -> None:
         super().__init__(f"{field} is not supported by this server", metadata={"field": field})
         self.violations = (Violation(field, "not supported by this server"),)
+
+
+class UnauthenticatedError(ServeError):
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class PermissionDeniedError(ServeError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "ADMIN_ONLY"
 
 
 class PreconditionError(ServeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import secrets
 import time
@@ -38,7 +39,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GenerationServicer:
-    """Generate, Tokenize, Detokenize. `codec` is None for a checkpoint without a tokenizer."""
+    """Generate, Tokenize, Detokenize.
+
+    Args:
+        codec: None for a checkpoint without a tokenizer.
+        identify: names the caller, to keep apart what callers leave in the prefix cache.
+    """
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class GenerationServicer:
         admission: Admission,
         calls: OpenCalls,
         metrics: Metrics,
+        identify: Callable[[Context], str] = lambda context: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -57,12 +64,14 @@ class GenerationServicer:
         self._admission = admission
         self._calls = calls
         self._metrics = metrics
+        self._identify = identify
         self._clock = clock
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:
         arrived = self._clock()
         request = convert.generation_request(message)
         self._rules.check(request)
+        request = dataclasses.replace(request, tenant=self._identify(context))
         _refuse_expired(context)
         request_id = request.request_id or secrets.token_hex(12)
         with (

@@ -5,11 +5,13 @@ Names, labels and buckets are documented in docs/metrics.md. Labels are bound on
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from service.model_service import version
 from service.streams import Reply
 from worker.client import EngineState
 from worker.messages import EngineInfo, EngineStats, FinishReason
@@ -30,8 +32,16 @@ LAG_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHUNK_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024)
+CALL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 
 STOP_STRING = "stop_string"
+REJECTIONS = (
+    "QUEUE_FULL", "QUEUE_TOKENS_FULL", "STREAMS_FULL", "DRAINING", "STARTING", "ENGINE_RESTARTING", "ENGINE_DEAD",
+)  # fmt: skip
+ENGINE_FACTS = (
+    "device", "dtype", "attention_backend", "tensor_parallel_size", "max_model_len", "max_running", "prefix_caching",
+)  # fmt: skip
+STAGES = ("tokenizing", "queued", "prefill", "decode", "finished")
 
 
 class Metrics:
@@ -47,21 +57,48 @@ class Metrics:
         self._epoch = 0
         self._last = EngineStats()
         self._ranks = 0
+        self._restarts_counted = 0
+        self._make_gateway_metrics()
         self._make_call_metrics()
         self._make_request_metrics()
         self._make_engine_metrics()
+
+    # -- the gateway itself --------------------------------------------------------------------------------------------
+
+    def _make_gateway_metrics(self) -> None:
+        build = Gauge(
+            "lightqwen_build_info",
+            "Always 1; the label tells the version.",
+            ["model", "version"],
+            registry=self.registry,
+        )
+        build.labels(self._model, version()).set(1)
+        self._gauge("start_time_seconds", "When the gateway started, in Unix time.").set(time.time())
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _make_call_metrics(self) -> None:
         self._calls = self._labelled_counter("grpc_requests", "Calls by method and status code.", "method", "code")
+        for code in grpc.StatusCode:  # a rate sees only what began at 0
+            self._calls.labels(self._model, "Generate", code.name)
+        self._call_seconds = Histogram(
+            "lightqwen_grpc_seconds",
+            "From a call's arrival until its status.",
+            ["model", "method"],
+            buckets=CALL_BUCKETS,
+            registry=self.registry,
+        )
         self._streams = self._gauge("streams_in_flight", "Generate calls that are open.")
         self._rejections = self._labelled_counter(
             "admission_rejections", "Requests refused before any work was done for them.", "reason"
         )
+        for reason in REJECTIONS:
+            self._rejections.labels(self._model, reason)
         self._cancelled = self._labelled_counter(
             "cancelled", "Requests that a client or its deadline ended, by where they were.", "stage"
         )
+        for stage in STAGES:
+            self._cancelled.labels(self._model, stage)
         self._cancel_to_free = self._histogram(
             "cancel_to_free_seconds",
             "From giving a request up until the engine had freed its KV blocks.",
@@ -71,6 +108,7 @@ class Metrics:
 
     def call_ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
         self._calls.labels(self._model, method, code.name).inc()
+        self._call_seconds.labels(self._model, method).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         self._rejections.labels(self._model, reason).inc()
@@ -137,13 +175,21 @@ class Metrics:
         self._usage = self._gauge("kv_cache_usage_ratio", "Share of the KV blocks that running requests hold, 0 to 1.")
         self._blocks_used = self._gauge("kv_blocks_used", "KV blocks that running requests hold.")
         self._blocks_cached = self._gauge("kv_blocks_cached", "Free KV blocks whose content the prefix cache keeps.")
-        self._blocks_total = self._gauge("kv_blocks_total", "KV blocks of each rank.")
+        self._blocks_total = self._gauge("kv_blocks_capacity", "KV blocks of each rank.")
         self._config_info = Gauge(
             "lightqwen_cache_config_info",
             "Always 1; the labels tell the cache's shape.",
             ["model", "block_size", "num_gpu_blocks"],
             registry=self.registry,
         )
+        self._engine_info = Gauge(
+            "lightqwen_engine_info",
+            "Always 1; the labels tell what the engine runs with.",
+            ["model", *ENGINE_FACTS],
+            registry=self.registry,
+        )
+        self._ready = self._gauge("engine_ready", "1 while the engine takes requests.")
+        self._restarts = self._counter("engine_restarts", "Times that the ranks were lost and started again.")
         self._worker_up = Gauge(
             "lightqwen_worker_up", "1 while the rank takes part.", ["model", "rank"], registry=self.registry
         )
@@ -175,8 +221,22 @@ class Metrics:
         if state is EngineState.READY and info is not None:
             self._config_info.clear()
             self._config_info.labels(self._model, str(info.block_size), str(info.num_blocks)).set(1)
+            self._engine_info.clear()
+            self._engine_info.labels(self._model, *(str(getattr(info, fact)).lower() for fact in ENGINE_FACTS)).set(1)
+        self._count_restarts(state, info)
+        self._ready.set(state is EngineState.READY)
         for rank in range(self._ranks):
             self._worker_up.labels(self._model, str(rank)).set(state is EngineState.READY)
+
+    def _count_restarts(self, state: EngineState, info: EngineInfo | None) -> None:
+        """A loss counts at once. Further ones before the ranks are back are told by the epoch they come back with."""
+        restarts = self._restarts_counted
+        if state is EngineState.RESTARTING:
+            restarts += 1
+        elif state is EngineState.READY and info is not None:
+            restarts = max(restarts, info.epoch - 1)
+        self._restarts.inc(restarts - self._restarts_counted)
+        self._restarts_counted = restarts
 
     def engine_stats(self, stats: EngineStats, epoch: int) -> None:
         """Take in a report. Its counters begin anew with each epoch; the metrics go on."""

@@ -74,10 +74,16 @@ class GenerationRequest:
     skip_special_tokens: bool = True
     cache_salt: str = ""
     use_prefix_cache: bool = True
+    tenant: str = ""  # who asks, as the server knows them; nobody finds another's prompts in the prefix cache
 
     @property
     def needs_text(self) -> bool:
         return self.text or bool(self.stopping.stop)
+
+    @property
+    def engine_salt(self) -> bytes:
+        """What keeps apart in the prefix cache: the tenant, then the tenant's own salt, which cannot hold a NUL."""
+        return f"{self.tenant}\0{self.cache_salt}".encode() if self.tenant else self.cache_salt.encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

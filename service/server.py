@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from lightqwen.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from service.admin_service import AdminServicer
 from service.admission import Admission
+from service.auth import Authenticator, AuthInterceptor
 from service.checkpoint import read_card, read_tokenizer_files
 from service.config import ServeConfig
 from service.errors import StatusInterceptor
@@ -32,13 +31,16 @@ from service.http import HttpEndpoint
 from service.logs import configure_logging
 from service.metrics import Metrics
 from service.model_service import ModelServicer
+from service.ports import bind, cannot_listen, host_port
 from service.streams import OpenCalls
+from service.tls import ServerCertificate
 from service.tokenizing import TextCodec
 from service.validation import Rules
 from worker.client import EngineClient, EngineEndpoint, EngineState, EngineUnavailableError
 from worker.config import ConfigError
-from worker.control import ChildEnd, Drain, EngineDead, EngineLost, Fatal, Stop, Up
+from worker.control import ChildEnd, Drain, EngineDead, EngineLost, Fatal, Heartbeat, Serving, Stop, Up
 from worker.messages import EngineStats
+from worker.vitals import STALLED_S
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,7 @@ LAST_WORDS_S = 2.0
 
 STOP_GRACE_S = 1.0
 LAG_PERIOD_S = 0.25
-STALLED_S = 10.0
-"""An event loop that is so late counts as dead."""
+BEAT_PERIOD_S = 1.0
 
 
 def server_options(config: ServeConfig) -> list[tuple[str, int]]:
@@ -111,13 +112,17 @@ class Gateway:
     """Everything of one gateway, put together.
 
     Raises:
-        ConfigError: the model's folder cannot be served.
+        ConfigError: the model's folder cannot be served, or a certificate or tokens file is no good.
     """
 
     def __init__(self, config: ServeConfig, endpoint: EngineEndpoint, control: ChildEnd) -> None:
         folder = Path(config.model)
         self._config = config
         self._control = control
+        self._authenticator = Authenticator(config.auth_tokens_file, config.admin_tokens_file)
+        self._certificate = _certificate(config)
+        if self._authenticator.wants_tokens and self._certificate is None and not _is_loopback(config.host):
+            logger.warning("tokens travel in plain text to %s: set --tls-cert, or encrypt before it", config.host)
         self._card = read_card(
             folder, name=config.served_model_name or folder.resolve().name, revision=config.revision or ""
         )
@@ -230,11 +235,13 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _grpc_server(self) -> AsyncIterator[None]:
-        server = grpc.aio.server(
-            interceptors=[StatusInterceptor(self._metrics.call_ended)], options=server_options(self._config)
-        )
+        interceptors: list[grpc.aio.ServerInterceptor] = [StatusInterceptor(self._metrics.call_ended)]  # type: ignore[type-arg]
+        if self._authenticator.wants_tokens:
+            interceptors.insert(0, AuthInterceptor(self._authenticator, self._metrics.call_ended))
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(self._config))
         self._register(server)
-        self.port = _bind(server, self._config.host, self._config.port)
+        credentials = self._certificate.credentials() if self._certificate is not None else None
+        self.port = bind(server, self._config.host, self._config.port, "--port", credentials)
         await self._health_set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         try:
@@ -252,6 +259,7 @@ class Gateway:
                 admission=self._admission,
                 calls=self._calls,
                 metrics=self._metrics,
+                identify=self._authenticator.identity,
             ),
             server,
         )
@@ -285,7 +293,7 @@ class Gateway:
         try:
             endpoint = HttpEndpoint(config.metrics_host, config.metrics_port, self._metrics.registry, self._problem)
         except OSError as error:
-            raise _cannot_listen(error, config.metrics_host, config.metrics_port, "--metrics-port") from error
+            raise cannot_listen(error, config.metrics_host, config.metrics_port, "--metrics-port") from error
         self.metrics_port = endpoint.port
         try:
             yield
@@ -345,7 +353,7 @@ class Gateway:
         with contextlib.suppress(EngineUnavailableError):  # it died first; the supervisor told us so
             info = await self._engine.wait_ready()
             facts: dict[str, str | int | float] = {
-                "address": _host_port(self._config.host, self.port),
+                "address": host_port(self._config.host, self.port),
                 "model": self._card.name,
                 "tensor_parallel_size": info.tensor_parallel_size,
                 "device": info.device,
@@ -354,14 +362,17 @@ class Gateway:
                 "block_size": info.block_size,
                 "max_model_len": info.max_model_len,
             }
+            if self._certificate is not None:
+                facts["tls"] = "mutual" if self._certificate.is_mutual else "on"
             if self.metrics_port is not None:
-                facts["metrics"] = f"http://{_host_port(self._config.metrics_host, self.metrics_port)}/metrics"
+                facts["metrics"] = f"http://{host_port(self._config.metrics_host, self.metrics_port)}/metrics"
             self._control.send(Up(facts))
 
     async def _publish_health(self) -> None:
-        """Keep grpc.health.v1 true: SERVING while the engine is ready and nobody drains."""
+        """Keep grpc.health.v1 true: SERVING while the engine is ready and nobody drains. The health port follows."""
         while True:
             serving = self._engine.state is EngineState.READY and not self._withdrawn
+            self._control.send(Serving(serving))
             status = health_pb2.HealthCheckResponse
             await self._health_set(status.SERVING if serving else status.NOT_SERVING)
             await self._health_changed.wait()
@@ -372,8 +383,13 @@ class Gateway:
             await self._health.set(name, status)
 
     async def _measure_lag(self) -> None:
+        """Tell how late the loop is, and the supervisor that it turns."""
+        next_beat = 0.0
         while True:
             began = time.monotonic()
+            if began >= next_beat:
+                next_beat = began + BEAT_PERIOD_S
+                self._control.send(Heartbeat(self._engine.stats.step, STALLED_S))
             await asyncio.sleep(LAG_PERIOD_S)
             self._loop_seen = time.monotonic()
             self._metrics.loop_lag(max(0.0, self._loop_seen - began - LAG_PERIOD_S))
@@ -391,30 +407,11 @@ class Gateway:
         return max(stats.waiting, admission.waiting_requests), max(stats.waiting_tokens, admission.waiting_tokens)
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Bind, or say readably why not: gRPC itself tells only its own log."""
-    try:
-        return server.add_insecure_port(_host_port(host, port))
-    except RuntimeError as error:
-        raise _cannot_listen(_why_not(host, port), host, port, "--port") from error
+def _certificate(config: ServeConfig) -> ServerCertificate | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return ServerCertificate(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
-def _why_not(host: str, port: int) -> OSError | None:
-    """Try the same with a plain socket, for its error."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)
-    except OSError as error:
-        return error
-    return None
-
-
-def _cannot_listen(error: OSError | None, host: str, port: int, option: str) -> ConfigError:
-    if error is None or error.errno == errno.EADDRINUSE:
-        return ConfigError(f"port {port} on {host} is in use; choose another with {option}")
-    return ConfigError(f"cannot listen on {_host_port(host, port)}: {error.strerror}; see {option}")
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host.strip("[]") == "::1"

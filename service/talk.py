@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import grpc
 
 from lightqwen.client import Client, Finished, FinishReason, Generation, LightqwenError, build_chat
 from service.terminal import CommandError, printable
@@ -22,7 +26,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.raw and (arguments.system is not None or arguments.thinking is not None):
         raise CommandError("--system and --thinking belong to the chat template, which --raw leaves out")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    with _connect(arguments.target) as client:
+    with _connect(arguments) as client:
         if arguments.raw:
             generation = client.generate(prompt, **_options(arguments))
         else:
@@ -37,7 +41,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Talk with the model until the user has had enough; what was said before is sent along."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() editing and a history)
-    with _connect(arguments.target) as client:
+    with _connect(arguments) as client:
         print(f"{client.model(timeout=10).name}: {HELP}", file=sys.stderr)
         history = _beginning(arguments)
         for line in _lines():
@@ -130,14 +134,52 @@ def _lines() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _connect(target: str) -> Iterator[Client]:
+def _connect(arguments: argparse.Namespace) -> Iterator[Client]:
     """A client whose failures end the command.
 
     Raises:
-        CommandError: a call failed.
+        CommandError: a call failed, or a file cannot be read.
     """
+    token = _token(arguments.token_file)
+    name = arguments.tls_server_name
     try:
-        with Client(target) as client:
+        with Client(
+            arguments.target,
+            credentials=_credentials(arguments),
+            metadata=[("authorization", f"Bearer {token}")] if token else [],
+            options=[("grpc.ssl_target_name_override", name)] if name is not None else [],
+        ) as client:
             yield client
     except LightqwenError as error:
-        raise CommandError(f"{target}: {error}") from error
+        raise CommandError(f"{arguments.target}: {error}") from error
+
+
+def _credentials(arguments: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    """What TLS needs; None: plain text."""
+    if (arguments.tls_cert is None) != (arguments.tls_key is None):
+        raise CommandError("--tls-cert and --tls-key go together")
+    files = [_read(path) for path in (arguments.tls_ca, arguments.tls_key, arguments.tls_cert)]
+    if not arguments.tls and files == [None, None, None]:
+        return None
+    return grpc.ssl_channel_credentials(*files)
+
+
+def _token(path: str | None) -> str:
+    """The bearer token; empty: none."""
+    data = _read(path)
+    token = os.environ.get("LIGHTQWEN_TOKEN", "") if data is None else data.decode("utf-8", "replace")
+    token = token.strip()
+    if data is not None and not token:
+        raise CommandError(f"{path} is empty")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise CommandError(f"{path or '$LIGHTQWEN_TOKEN'} is not one token")
+    return token
+
+
+def _read(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from error

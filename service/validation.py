@@ -167,7 +167,7 @@ class Rules:
                 min_tokens=min_tokens,
                 eos_ids=() if stopping.ignore_eos else self._card.eos_ids,
                 stop_ids=tuple(dict.fromkeys(stopping.stop_token_ids)),
-                cache_salt=request.cache_salt.encode(),
+                cache_salt=request.engine_salt,
                 use_prefix_cache=request.use_prefix_cache,
             ),
             max_tokens=room if limit is None else limit,

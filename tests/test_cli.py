@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trustme
 
 from service.config import ServeConfig
 from service.terminal import Terminal, printable, read_ready_line, ready_line
@@ -112,6 +114,18 @@ def test_truncated_weights(demo_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     done = run("serve", "--model", tmp_path, "--port", "0", *QUIET_CPU)
     assert_one_error_line(done, "model.safetensors")
+
+
+@pytest.mark.parametrize("option", ["--auth-tokens-file", "--admin-tokens-file"])
+def test_tokens_file_that_is_not_there_or_empty(tmp_path: Path, option: str) -> None:
+    assert_one_error_line(run("serve", "--port", "0", *QUIET_CPU, option, tmp_path / "none"), "none", "No such file")
+    (tmp_path / "empty").touch()
+    assert_one_error_line(run("serve", "--port", "0", *QUIET_CPU, option, tmp_path / "empty"), "empty is empty")
+
+
+def test_certificate_that_is_not_there(tmp_path: Path) -> None:
+    files = ["--tls-cert", tmp_path / "tls.crt", "--tls-key", tmp_path / "tls.key"]
+    assert_one_error_line(run("serve", "--port", "0", *QUIET_CPU, *files), "tls.crt", "No such file")
 
 
 def test_server_without_its_packages() -> None:
@@ -219,6 +233,75 @@ def test_reader_that_leaves_early_ends_generate_quietly(target: str) -> None:
         process.stdout.close()
         assert process.wait(30) == 1
         assert process.stderr.read() == b""
+
+
+# ---- generate and chat: against a server that wants TLS and a token --------------------------------------------------
+
+
+@dataclass
+class Secured:
+    target: str
+    ca: Path
+    client: tuple[Path, Path]  # certificate and key
+    token: Path
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secrets")
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(folder / "ca.crt")
+    for name in ("server", "client"):
+        leaf = ca.issue_cert(f"{name}.example")
+        leaf.private_key_pem.write_to_path(folder / f"{name}.key")
+        leaf.cert_chain_pems[0].write_to_path(folder / f"{name}.crt")
+    (folder / "tokens").write_text("me:secret-token\n")
+    (folder / "token").write_text("secret-token\n")
+    options = ["--tls-cert", folder / "server.crt", "--tls-key", folder / "server.key"]
+    options += ["--tls-client-ca", folder / "ca.crt", "--auth-tokens-file", folder / "tokens"]
+    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU, "--num-blocks", "64", *map(str, options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        facts = read_ready_line(process.stdout.readline())
+        assert facts is not None
+        assert facts["tls"] == "mutual"
+        client = (folder / "client.crt", folder / "client.key")
+        yield Secured(facts["address"], folder / "ca.crt", client, folder / "token")
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def ask(secured: Secured, *options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("generate", "Hi", "--max-tokens", "4", "--target", secured.target, *options, **environment)
+
+
+def test_generate_over_mutual_tls_with_a_token(secured: Secured) -> None:
+    cert, key = secured.client
+    tls = ["--tls-ca", secured.ca, "--tls-cert", cert, "--tls-key", key, "--tls-server-name", "server.example"]
+    for options, environment in (
+        (["--token-file", secured.token], {}),
+        ([], {"LIGHTQWEN_TOKEN": "secret-token"}),
+        (["--token-file", secured.token], {"LIGHTQWEN_TOKEN": "wrong"}),
+    ):
+        done = ask(secured, *tls, *options, **environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+    assert_one_error_line(ask(secured, *tls), "UNAUTHENTICATED", "bearer token")
+    assert_one_error_line(ask(secured, *tls, LIGHTQWEN_TOKEN="wrong"), "UNAUTHENTICATED")
+    without_cert = ["--tls-ca", secured.ca, "--tls-server-name", "server.example"]
+    assert_one_error_line(ask(secured, *without_cert, "--token-file", secured.token), "UNAVAILABLE")
+    assert_one_error_line(ask(secured, "--tls", "--token-file", secured.token), "UNAVAILABLE")
+    assert_one_error_line(ask(secured, "--token-file", secured.token), "UNAVAILABLE")
+
+
+def test_secrets_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "two").write_text("one\ntwo\n")
+    assert_one_error_line(run("generate", "x", "--token-file", tmp_path / "none"), "none", "No such file")
+    assert_one_error_line(run("generate", "x", "--token-file", tmp_path / "empty"), "empty is empty")
+    assert_one_error_line(run("generate", "x", "--token-file", tmp_path / "two"), "two is not one token")
+    assert_one_error_line(run("generate", "x", "--tls-ca", tmp_path / "none"), "none", "No such file")
+    assert_one_error_line(run("generate", "x", "--tls-cert", tmp_path / "two"), "--tls-cert and --tls-key")
 
 
 class Screen:

@@ -1,8 +1,9 @@
-"""The leader's ends of the local sockets: one for gateways, one for followers.
+"""The leader's ends of its sockets: one for gateways, one for followers.
 
-A ROUTER socket each, at an address that the supervisor made. A peer counts only after it has sent the secret; whatever
-else arrives from it before is dropped. Nothing here blocks the engine's loop: a peer that does not read only fills its
-own queue, and a peer that is gone is forgotten.
+A ROUTER socket each, at an address that the supervisor made and only this machine can reach; that for followers has a
+second address, on the network, when some of them are on other machines. A peer counts only after it has sent the
+secret; whatever else arrives from it before is dropped. Nothing here blocks the engine's loop: a peer that does not
+read only fills its own queue, and a peer that is gone is forgotten.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import zmq
 
 from worker.client import EngineEndpoint
 from worker.messages import PROTOCOL_VERSION, Hello, ToGateway, ToLeader
+from worker.network import bind_tcp
 
 
 def private_endpoint(name: str) -> EngineEndpoint:
@@ -50,6 +52,10 @@ class _Router:
         self._socket.bind(endpoint.address)
         self._identity_of: list[bytes] = []
         self._peer_of: dict[bytes, int] = {}
+
+    def open_to(self, address: str) -> int:
+        """Listen on the network too, at any free port of this address; returns the port."""
+        return bind_tcp(self._socket, address)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether something has arrived, waiting at most so long for it."""
@@ -145,6 +151,12 @@ class PlanSender:
     def __init__(self, endpoint: EngineEndpoint, num_followers: int) -> None:
         self._router = _Router(endpoint)
         self._num_followers = num_followers
+        self.secret = endpoint.secret
+
+    def open_to(self, address: str) -> int:
+        """Listen for followers on other machines too; returns the port. Those on this one keep to the private socket:
+        a plan for them never passes through the network's stack."""
+        return self._router.open_to(address)
 
     def gather(self) -> None:
         """Wait until every follower has greeted. The supervisor ends this process if one never does."""
@@ -155,8 +167,10 @@ class PlanSender:
                     self._router.greet(identity, payload)
 
     def send(self, frame: bytes) -> None:
+        """Raises ConnectionError: a follower is gone, and with it the frames that it has not read."""
         for follower in range(self._num_followers):
-            self._router.send(follower, frame)
+            if not self._router.send(follower, frame):
+                raise ConnectionError("a follower is gone")
 
     def close(self) -> None:
         self._router.close()
@@ -170,6 +184,7 @@ class PlanReceiver:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IPV6, int("[" in endpoint.address))
         self._socket.connect(endpoint.address)
         self._socket.send(msgspec.msgpack.encode(Hello(secret=endpoint.secret)))
 

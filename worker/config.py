@@ -6,9 +6,9 @@ checkpoint and the free memory) is decided once, in `worker/runner.py`, and repo
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(Exception):
@@ -29,7 +29,17 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Weights, activations and KV cache. `auto`: the checkpoint's on CUDA, float32 on the CPU."""
     tensor_parallel_size: int = Field(1, ge=1, le=64)
-    """Number of ranks (GPUs) that share one model."""
+    """Number of ranks (GPUs) that share one model, on all nodes together."""
+    nodes: int = Field(1, ge=1, le=64)
+    """Machines that the ranks are spread over, the same number on each."""
+    node_rank: int = Field(0, ge=0)
+    """Which of the nodes this is. Node 0 leads and serves; the others only run ranks."""
+    leader_address: str | None = Field(None, min_length=1)
+    """Name or address of node 0, as the other nodes reach it (with --nodes)."""
+    leader_port: int = Field(29500, ge=1, le=65535)
+    """Port on which node 0 waits for the other nodes (with --nodes)."""
+    join_timeout_s: float = Field(600.0, ge=1.0)
+    """How long the nodes may take to find each other."""
     attention_backend: Literal["auto", "torch", "triton", "flash"] = "auto"
     """Attention implementation. `auto`: triton on CUDA, torch on the CPU."""
     max_model_len: int | None = Field(None, ge=2)
@@ -65,3 +75,27 @@ class EngineConfig(BaseModel):
         if value & (value - 1):
             raise ValueError(f"must be a power of two, got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        if self.node_rank >= self.nodes:
+            raise ValueError(f"--node-rank: must be below --nodes {self.nodes}, got {self.node_rank}")
+        if self.tensor_parallel_size % self.nodes:
+            raise ValueError(
+                f"--tensor-parallel-size: counts the ranks of all nodes and must divide by --nodes {self.nodes}, "
+                f"got {self.tensor_parallel_size}"
+            )
+        if self.nodes > 1 and self.leader_address is None:
+            raise ValueError(f"--leader-address: {self.nodes} nodes need it to find node 0")
+        return self
+
+    @property
+    def local_size(self) -> int:
+        """Ranks of each node."""
+        return self.tensor_parallel_size // self.nodes
+
+    @property
+    def local_ranks(self) -> range:
+        """Ranks of this node."""
+        first = self.node_rank * self.local_size
+        return range(first, first + self.local_size)

@@ -34,9 +34,16 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """The process's loop turns; it has finished so many steps."""
+    """The process's loop turns; it has finished so many steps. Without another one in `patience_s` it is stuck."""
 
     steps: int
+    patience_s: float | None = None  # None: as told before
+
+
+class Serving(msgspec.Struct, frozen=True, tag="serving"):
+    """The gateway takes requests, or takes none: the engine is not ready, or it drains."""
+
+    now: bool
 
 
 # ---- supervisor -> child ---------------------------------------------------------------------------------------------
@@ -63,7 +70,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End now, whatever runs."""
 
 
-FromChild = Progress | Up | Fatal | Heartbeat
+FromChild = Progress | Up | Fatal | Heartbeat | Serving
 ToChild = EngineLost | EngineDead | Drain | Stop
 
 _from_child: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.errors import ModelError
 from model.parallel import TensorParallel
+from worker import nodes
 from worker.channel import GatewayChannel, PlanReceiver, PlanSender
 from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
@@ -49,9 +51,11 @@ class RankSpec:
     rank: int
     epoch: int
     config: EngineConfig
-    gateways: EngineEndpoint  # the leader listens there
-    plans: EngineEndpoint  # followers listen there to the leader
-    rendezvous: str  # path of a file that all ranks can open
+    gateways: EngineEndpoint | None  # the leader listens there
+    plans: EngineEndpoint  # followers on this node listen there to the leader
+    rendezvous: (
+        str | None
+    )  # URL of a file that all ranks can open; None with several nodes: they meet at node 0's store
 
 
 def run_rank(spec: RankSpec, control: ChildEnd) -> int:
@@ -75,29 +79,38 @@ def _prepare(spec: RankSpec, control: ChildEnd) -> Callable[[], None]:
     checkpoint = Qwen3Config.from_folder(config.model)
     checkpoint.check_parallel(config.tensor_parallel_size)
     runtime = resolve(config, checkpoint, spec.rank)
-    _set_up_device(runtime, config.tensor_parallel_size)
-    tp = _join(spec, runtime)
+    _set_up_device(runtime, config.local_size)
+    tp, plans = _join(spec, runtime)
 
     def progress(what: str, done: int, total: int) -> None:
-        if spec.rank == 0:
+        if spec.rank == config.local_ranks.start:
             control.send(Progress(what, done, total))
 
     started = time.monotonic()
     runner = build_runner(config, checkpoint, runtime, tp, progress)
     logger.info("rank=%d ready seconds=%.1f blocks=%d", spec.rank, time.monotonic() - started, runner.num_blocks)
-    beat = _Beat(control)
-    if spec.rank > 0:
-        follower = Follower(runner, PlanReceiver(spec.plans), run_ahead=runtime.run_ahead, heartbeat=beat)
-        control.send(Up({"hang_timeout_s": runtime.hang_timeout_s}))
+    beat = _Beat(control, runtime.hang_timeout_s)
+    if isinstance(plans, PlanReceiver):
+        follower = Follower(runner, plans, run_ahead=runtime.run_ahead, heartbeat=beat)
+        control.send(Up({}))
+        beat(0)
         return follower.step
-    leader = _make_leader(spec, checkpoint, runtime, runner, beat)
-    control.send(Up({"hang_timeout_s": runtime.hang_timeout_s}))
+    leader = _make_leader(spec, checkpoint, runtime, runner, plans, beat)
+    control.send(Up({}))
+    beat(0)
     return leader.step
 
 
 def _make_leader(
-    spec: RankSpec, checkpoint: Qwen3Config, runtime: RuntimeConfig, runner: Runner, beat: Callable[[int], None]
+    spec: RankSpec,
+    checkpoint: Qwen3Config,
+    runtime: RuntimeConfig,
+    runner: Runner,
+    plans: PlanSender | None,
+    beat: Callable[[int], None],
 ) -> Leader:
+    if spec.gateways is None:
+        raise ValueError("the leader needs an address to listen on for gateways")
     config = spec.config
     size = config.tensor_parallel_size
     max_model_len = _fit_model_len(config, runtime, runner.num_blocks)
@@ -126,11 +139,8 @@ def _make_leader(
         watermark_blocks=int(config.admission_watermark * runner.num_blocks),
         prefix_caching=config.prefix_caching,
     )
-    broadcast = None
-    if size > 1:
-        sender = PlanSender(spec.plans, size - 1)
-        sender.gather()
-        broadcast = sender.send
+    if plans is not None:
+        plans.gather()
     return Leader(
         Scheduler(limits, hash_key=secrets.token_bytes(32), clock=time.monotonic),
         runner,
@@ -138,7 +148,7 @@ def _make_leader(
         info,
         run_ahead=runtime.run_ahead,
         clock=time.monotonic,
-        broadcast=broadcast,
+        broadcast=plans.send if plans is not None else None,
         heartbeat=beat,
     )
 
@@ -157,40 +167,69 @@ def _fit_model_len(config: EngineConfig, runtime: RuntimeConfig, num_blocks: int
     return capacity
 
 
-def _set_up_device(runtime: RuntimeConfig, tp_size: int) -> None:
+def _set_up_device(runtime: RuntimeConfig, local_size: int) -> None:
     if runtime.on_gpu:
         torch.cuda.set_device(runtime.device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
 
 
-def _join(spec: RankSpec, runtime: RuntimeConfig) -> TensorParallel:
-    """Form the tensor-parallel group. Its sockets stay on the loopback interface."""
-    size = spec.config.tensor_parallel_size
-    if size == 1:
-        return TensorParallel.single()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+def _join(spec: RankSpec, runtime: RuntimeConfig) -> tuple[TensorParallel, PlanSender | PlanReceiver | None]:
+    """Form the tensor-parallel group, and this rank's end of the plan channel.
+
+    On one machine everything stays there: a file to meet at, the loopback interface, a private socket for plans. With
+    several nodes the ranks meet at node 0's store, use the interface that leads there, and the leader's socket has a
+    second address, for followers elsewhere.
+    """
+    config = spec.config
+    if config.tensor_parallel_size == 1:
+        return TensorParallel.single(), None
+    if config.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        plans = _plans(spec, None)
+        _form_group(spec, runtime, init_method=spec.rendezvous)
+    else:
+        nodes.choose_interface(config)
+        store = nodes.connect_store(config)
+        plans = _plans(spec, store)
+        _form_group(spec, runtime, store=dist.PrefixStore("group", store))  # type: ignore[attr-defined]
+    return TensorParallel(rank=spec.rank, size=config.tensor_parallel_size, group=dist.group.WORLD), plans
+
+
+def _form_group(spec: RankSpec, runtime: RuntimeConfig, **meeting: Any) -> None:
     dist.init_process_group(
         "nccl" if runtime.on_gpu else "gloo",
-        init_method=f"file://{spec.rendezvous}",
         rank=spec.rank,
-        world_size=size,
+        world_size=spec.config.tensor_parallel_size,
         timeout=JOIN_TIMEOUT,
         device_id=runtime.device if runtime.on_gpu else None,
+        **meeting,
     )
-    return TensorParallel(rank=spec.rank, size=size, group=dist.group.WORLD)
+
+
+def _plans(spec: RankSpec, store: Any) -> PlanSender | PlanReceiver:
+    config = spec.config
+    if spec.rank == 0:
+        sender = PlanSender(spec.plans, config.tensor_parallel_size - 1)
+        if store is not None:
+            nodes.publish_plans(config, store, sender)
+        return sender
+    if store is None or config.node_rank == 0:
+        return PlanReceiver(spec.plans)
+    return PlanReceiver(nodes.find_plans(config, store))
 
 
 class _Beat:
     """Tells the supervisor that the loop turns, not more often than is useful."""
 
-    def __init__(self, control: ChildEnd) -> None:
+    def __init__(self, control: ChildEnd, patience_s: float) -> None:
         self._control = control
+        self._patience_s = patience_s
         self._last = 0.0
 
     def __call__(self, steps: int) -> None:
         now = time.monotonic()
         if now - self._last >= HEARTBEAT_S:
             self._last = now
-            self._control.send(Heartbeat(steps))
+            self._control.send(Heartbeat(steps, self._patience_s))

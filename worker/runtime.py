@@ -68,12 +68,13 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cpu" or (config.device == "auto" and found == 0):
         return torch.device("cpu")
-    if found < config.tensor_parallel_size:
+    if found < config.local_size:
+        where = f" on each of {config.nodes} nodes" if config.nodes > 1 else ""
         raise ConfigError(
-            f"tensor_parallel_size={config.tensor_parallel_size} needs as many CUDA GPUs, {found} found; "
-            "lower it, make more GPUs visible (CUDA_VISIBLE_DEVICES), or use device=cpu"
+            f"tensor_parallel_size={config.tensor_parallel_size} needs {config.local_size} CUDA GPUs{where}, "
+            f"{found} found; lower it, make more GPUs visible (CUDA_VISIBLE_DEVICES), or use device=cpu"
         )
-    return torch.device("cuda", rank)
+    return torch.device("cuda", rank - config.local_ranks.start)
 
 
 def _dtype(config: EngineConfig, checkpoint: Qwen3Config, on_gpu: bool) -> torch.dtype:

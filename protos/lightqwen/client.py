@@ -25,6 +25,7 @@ from lightqwen.v1.common_pb2 import Chat, ChatMessage, FinishReason, Prompt, Rol
 from lightqwen.v1.generation_pb2 import Delta, Finished, GenerateRequest, GenerateResponse, Started
 
 __all__ = [
+    "BALANCED_OPTIONS",
     "CHANNEL_OPTIONS",
     "AsyncClient",
     "AsyncGeneration",
@@ -84,6 +85,14 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", 32 * 1024 * 1024),
 )
 """Recommended options of a channel to a lightqwen server."""
+
+BALANCED_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.service_config", json.dumps(RETRY_SERVICE_CONFIG | {"healthCheckConfig": {"serviceName": ""}})),
+)
+"""For a name of several servers (`dns:///...`, `ipv4:a:1,b:2`): calls go round among those whose health is SERVING.
+
+Not for one server alone: while that starts or drains, the channel says UNAVAILABLE without asking it for its reason.
+"""
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -154,11 +154,15 @@ def serve(leader: FakeLeader, checkpoint: Path) -> Serve:
 
 async def _facts(supervisor: SupervisorEnd, running: asyncio.Task[int]) -> dict[str, Any]:
     while not running.done():
-        for message in supervisor.receive():
-            assert isinstance(message, Up)
-            return message.facts
+        if (up := first_up(supervisor)) is not None:
+            return up.facts
         await asyncio.sleep(0.005)
     raise AssertionError(f"the gateway ended: {running.exception() or running.result()!r}")
+
+
+def first_up(supervisor: SupervisorEnd) -> Up | None:
+    """The gateway's `Up`, if it is among what it has said since the last time."""
+    return next((message for message in supervisor.receive() if isinstance(message, Up)), None)
 
 
 async def _address(gateway: Gateway, running: asyncio.Task[int]) -> str:

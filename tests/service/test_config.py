@@ -17,8 +17,9 @@ from worker.config import ConfigError
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
+    launchers = ("LIGHTQWEN_", "LWS_", "MASTER_", "GROUP_", "PET_", "NNODES", "NODE_RANK")
     for name in list(os.environ):
-        if name.startswith("LIGHTQWEN_"):
+        if name.startswith(launchers):
             monkeypatch.delenv(name)
 
 
@@ -54,6 +55,9 @@ def test_an_option_of_the_engine_is_a_flag_too() -> None:
         (["--dtype", "int3"], ["--dtype: input should be 'auto', 'bfloat16'"]),
         (["--bogus", "1"], ["unrecognized arguments: --bogus 1"]),
         (["--por", "1"], ["unrecognized arguments: --por 1"]),
+        (["--tls-cert", "a"], ["--tls-cert: needs --tls-key"]),
+        (["--tls-key", "a"], ["--tls-key: needs --tls-cert"]),
+        (["--tls-client-ca", "a"], ["--tls-client-ca: needs --tls-cert and --tls-key"]),
         (["--config", "/no/such/file"], ["--config: cannot read /no/such/file: No such file or directory"]),
     ],
 )
@@ -91,6 +95,46 @@ def test_every_option_has_a_docstring_of_its_own() -> None:
                 for field, after in zip(node.body, node.body[1:], strict=False):
                     if isinstance(field, ast.AnnAssign):
                         assert isinstance(after, ast.Expr), ast.unparse(field)
+
+
+LWS = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "m-0.m.ns"}
+TORCHRUN = {"GROUP_WORLD_SIZE": "4", "GROUP_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+OPERATOR = {"PET_NNODES": "4", "PET_NODE_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        (LWS, [], (2, 1, "m-0.m.ns", 29500)),
+        (TORCHRUN, [], (4, 3, "10.0.0.1", 29400)),
+        (OPERATOR, [], (4, 3, "10.0.0.1", 29400)),
+        (LWS | TORCHRUN, [], (2, 1, "m-0.m.ns", 29500)),
+        (LWS, ["--leader-address", "here", "--leader-port", "7"], (2, 1, "here", 7)),
+        (LWS | {"LIGHTQWEN_NODE_RANK": "0"}, [], (2, 0, "m-0.m.ns", 29500)),
+        (TORCHRUN, ["--nodes", "2", "--node-rank", "1"], (2, 1, "10.0.0.1", 29400)),
+        # Not several nodes, or not wanted:
+        (LWS, ["--nodes", "1"], (1, 0, None, 29500)),
+        (LWS | {"LWS_GROUP_SIZE": "1", "LWS_WORKER_INDEX": "0"}, [], (1, 0, None, 29500)),
+        ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400", "NODE_RANK": "1"}, [], (1, 0, None, 29500)),
+    ],
+)
+def test_what_starts_nodes_tells_them_by_the_environment(
+    environment: dict[str, str],
+    arguments: list[str],
+    expected: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = load_config(["--tensor-parallel-size", "8", *arguments])
+    assert (config.nodes, config.node_rank, config.leader_address, config.leader_port) == expected
+
+
+def test_a_wrong_value_of_the_launcher_is_a_readable_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (LWS | {"LWS_WORKER_INDEX": "x"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"--node-rank: input should be a valid integer.*got 'x'"):
+        load_config(["--tensor-parallel-size", "2"])
 
 
 def test_it_is_frozen() -> None:

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lightqwen.v1 import generation_pb2_grpc
 from service.config import ServeConfig
 from service.server import SERVICE_NAMES, run_gateway
-from tests.service.conftest import Serve, Served, collect, eventually, generate_request, ids
+from tests.service.conftest import Serve, Served, collect, eventually, first_up, generate_request, ids
 from tests.service.fake_leader import FakeLeader, count_up, private_endpoint
 from tests.service.test_errors import exhaust_by_reading, failure
 from worker.control import Drain, EngineDead, EngineLost, Fatal, Stop, SupervisorEnd, Up
@@ -47,7 +47,7 @@ async def test_the_port_is_open_and_not_serving_until_the_engine_is_ready(serve:
         failed = await failure(served.model.GetServerInfo({}))
         assert failed.info.reason == "STARTING"
         with FakeLeader(leader.endpoint):
-            await eventually(lambda: bool(served.supervisor.receive()))
+            await eventually(lambda: first_up(served.supervisor) is not None)
             await collect(served.generation.Generate(generate_request(ids(1))))
             for name in ("", *SERVICE_NAMES):
                 assert await check(served.channel, name) == SERVING
@@ -181,10 +181,12 @@ def process(config: ServeConfig, leader: FakeLeader) -> Iterator[tuple[SpawnProc
 
 
 async def hear(supervisor: SupervisorEnd) -> Any:
+    """That it is up, or why not."""
     async with asyncio.timeout(20):
         while True:
-            if messages := supervisor.receive():
-                return messages[0]
+            news = [message for message in supervisor.receive() if isinstance(message, Up | Fatal)]
+            if news:
+                return news[0]
             await asyncio.sleep(0.02)
 
 

@@ -9,16 +9,17 @@ import urllib.request
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from service.http import HttpEndpoint
-from service.metrics import Metrics
+from service.metrics import REJECTIONS, STAGES, Metrics
 from tests.service.conftest import Serve, Served, collect, eventually, generate_request, ids
 from worker.client import EngineState
-from worker.messages import EngineStats
+from worker.messages import EngineInfo, EngineStats
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -57,9 +58,12 @@ async def test_the_numbers_after_a_known_load(served: Served) -> None:
     assert metric("streams_in_flight") == 0
     assert metric("requests_waiting") == 0
     assert metric("waiting_prompt_tokens") == 0
-    assert metric("kv_blocks_total") == 100
+    assert metric("kv_blocks_capacity") == 100
     assert metric("cache_config_info", block_size="16", num_gpu_blocks="100") == 1
     assert metric("worker_up", rank="0") == 1
+    assert metric("engine_ready") == 1
+    assert metric("grpc_seconds_count", method="Generate") == 5
+    assert abs(metric("start_time_seconds") - time.time()) < 300
     assert metric("step_seconds_count", phase="decode") > 0
     assert metric("batch_size_count") == metric("iteration_tokens_count") > 0
     await eventually(lambda: metric("event_loop_lag_seconds_count") > 0)
@@ -154,7 +158,60 @@ def test_counters_go_on_when_the_engine_starts_again() -> None:
     assert value("prefix_cache_hit_tokens_total") == 5
 
 
+def test_what_alerts_count_begins_at_zero() -> None:
+    metrics = Metrics("m")
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"lightqwen_{name}", {"model": "m", **labels})
+
+    for code in grpc.StatusCode:
+        assert value("grpc_requests_total", method="Generate", code=code.name) == 0
+    for reason in REJECTIONS:
+        assert value("admission_rejections_total", reason=reason) == 0
+    for stage in STAGES:
+        assert value("cancelled_total", stage=stage) == 0
+    metrics.rejected("QUEUE_FULL")
+    assert value("admission_rejections_total", reason="QUEUE_FULL") == 1
+
+
+def test_each_loss_of_the_ranks_is_counted_once() -> None:
+    metrics = Metrics("m")
+    facts = EngineInfo(
+        epoch=1,
+        model_path="/m",
+        vocab_size=8,
+        max_model_len=64,
+        block_size=16,
+        num_blocks=10,
+        max_running=4,
+        max_batched_tokens=64,
+        tensor_parallel_size=2,
+        device="cpu",
+        dtype="float32",
+        attention_backend="torch",
+        prefix_caching=True,
+    )
+
+    def restarts() -> float | None:
+        return metrics.registry.get_sample_value("lightqwen_engine_restarts_total", {"model": "m"})
+
+    def ready() -> float | None:
+        return metrics.registry.get_sample_value("lightqwen_engine_ready", {"model": "m"})
+
+    assert (ready(), restarts()) == (0, 0)
+    metrics.engine_state(EngineState.READY, facts)
+    assert (ready(), restarts()) == (1, 0)
+    metrics.engine_state(EngineState.RESTARTING, facts)
+    assert (ready(), restarts()) == (0, 1)
+    metrics.engine_state(EngineState.READY, msgspec.structs.replace(facts, epoch=2))
+    assert (ready(), restarts()) == (1, 1)
+    metrics.engine_state(EngineState.RESTARTING, facts)
+    metrics.engine_state(EngineState.READY, msgspec.structs.replace(facts, epoch=4))  # lost again on the way
+    assert (ready(), restarts()) == (1, 3)
+
+
 async def test_ranks_are_down_while_the_engine_is(served: Served) -> None:
     served.gateway._engine.engine_lost(1, "x")
     assert served.gateway._engine.state is EngineState.RESTARTING
     assert served.metric("worker_up", rank="0") == 0
+    assert served.metric("engine_ready") == 0

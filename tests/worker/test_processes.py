@@ -12,12 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.processes import children, command_of, is_alive, until
 from tests.worker.conftest import Greedy
 
 pytestmark = [
@@ -28,33 +29,6 @@ pytestmark = [
 PROMPT = list(range(7, 27))
 LONG = 220
 """Tokens that take long enough for a rank to be killed meanwhile."""
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, what
-        time.sleep(0.02)
-
-
-def children(pid: int) -> list[int]:
-    """Living processes that `pid` started, directly or not, oldest first."""
-    try:
-        direct = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return sorted({int(child) for child in direct} | {pid for child in direct for pid in children(int(child))})
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 class Generation:

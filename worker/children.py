@@ -1,0 +1,247 @@
+"""The processes that a supervisor starts: how they begin, what is known of them, how they end.
+
+A supervisor knows three ways to lose a rank: its process ended (sentinel), its loop stopped turning (heartbeat), or it
+said that it cannot go on (`Fatal`). The ranks of a node come and go together, since none can work without the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+
+from worker.channel import private_endpoint
+from worker.client import EngineEndpoint
+from worker.config import EngineConfig
+from worker.control import ChildEnd, Fatal, FromChild, Heartbeat, Progress, Serving, SupervisorEnd, Up
+from worker.vitals import Pulse
+
+Facts = dict[str, str | int | float]
+Gateway = Callable[[EngineEndpoint, Connection], None]
+OnProgress = Callable[[str, Progress], None]
+OnReady = Callable[[Facts, float], None]
+
+POLL_S = 0.5
+
+
+class StopError(Exception):
+    """The server ends now, with this exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+@dataclass(slots=True)
+class Child:
+    name: str
+    process: SpawnProcess
+    control: SupervisorEnd
+    up: bool = False
+    serving: bool = False
+    fatal: str | None = None
+    last_beat: float = field(default_factory=time.monotonic)
+    patience_s: float = float("inf")
+
+    @property
+    def how_it_ended(self) -> str:
+        code = self.process.exitcode
+        if self.fatal is not None:
+            return f"{self.name}: {self.fatal}"
+        if code is not None and code < 0:
+            return f"{self.name} was ended by {signal.Signals(-code).name}"
+        return f"{self.name} ended with exit code {code}"
+
+    @property
+    def pulse(self) -> Pulse:
+        return Pulse(self.name, self.last_beat, self.patience_s)
+
+    def note(self, message: FromChild) -> None:
+        """Remember what it said."""
+        if isinstance(message, Heartbeat):
+            self.last_beat = time.monotonic()
+            if message.patience_s is not None:
+                self.patience_s = message.patience_s
+        elif isinstance(message, Up):
+            self.up = True
+        elif isinstance(message, Fatal):
+            self.fatal = message.reason
+        elif isinstance(message, Serving):
+            self.serving = message.now
+
+
+class Children:
+    """Starts processes and listens to them."""
+
+    def __init__(self, on_progress: OnProgress, log_level: str) -> None:
+        self._on_progress = on_progress
+        self._log_level = log_level
+
+    def start_gateway(self, gateway: Gateway, endpoint: EngineEndpoint) -> Child:
+        context = multiprocessing.get_context("spawn")
+        return self._start("gateway", context, _gateway_main, (gateway, endpoint))
+
+    def start_ranks(
+        self,
+        config: EngineConfig,
+        epoch: int,
+        gateways: EngineEndpoint | None = None,
+        rendezvous: str | None = None,
+    ) -> Ranks:
+        """Start this node's ranks.
+
+        Args:
+            gateways: where the leader listens for them; None on nodes that have no leader.
+            rendezvous: see `worker.rank.RankSpec`.
+        """
+        import torch.multiprocessing  # here, so that the gateway's process starts meanwhile
+
+        from worker.rank import RankSpec
+
+        context = torch.multiprocessing.get_context("spawn")
+        plans = private_endpoint("plans")
+        ranks = []
+        for rank in config.local_ranks:
+            spec = RankSpec(
+                rank=rank, epoch=epoch, config=config, gateways=gateways, plans=plans, rendezvous=rendezvous
+            )
+            ranks.append(self._start(f"rank{rank}", context, _rank_main, (spec,)))
+        return Ranks(ranks)
+
+    def hear(self, child: Child) -> list[FromChild]:
+        """Take what it has said since the last time; returns all of it."""
+        messages = child.control.receive()
+        for message in messages:
+            if isinstance(message, Progress):
+                self._on_progress(child.name, message)
+            child.note(message)
+        return messages
+
+    def _start(
+        self, name: str, context: SpawnContext, main: Callable[..., None], arguments: tuple[object, ...]
+    ) -> Child:
+        ours, theirs = context.Pipe(duplex=True)
+        process = context.Process(
+            target=main, args=(name, os.getpid(), self._log_level, theirs, *arguments), name=name, daemon=True
+        )
+        process.start()
+        theirs.close()
+        return Child(name, process, SupervisorEnd(ours))
+
+
+class Ranks:
+    """The ranks of this node."""
+
+    def __init__(self, children: list[Child]) -> None:
+        self.children = children
+
+    @property
+    def all_up(self) -> bool:
+        return bool(self.children) and all(rank.up for rank in self.children)
+
+    @property
+    def fatal(self) -> str | None:
+        """Why one of them gave up. That takes the others along, which may be seen first; its own words say why."""
+        return next((rank.fatal for rank in self.children if rank.fatal is not None), None)
+
+    def find_loss(self) -> str | None:
+        """How one was lost; None while all take part."""
+        now = time.monotonic()
+        for rank in self.children:
+            if not rank.process.is_alive():
+                return rank.how_it_ended
+            if now - rank.last_beat > rank.patience_s:
+                return f"{rank.name} made no progress for {rank.patience_s:g} s"
+        return None
+
+    def kill(self) -> None:
+        """End them; they own nothing that would outlive them."""
+        for rank in self.children:
+            rank.process.kill()
+        for rank in self.children:
+            rank.process.join()
+            rank.control.close()
+        self.children = []
+
+
+def wait(wakeup: socket.socket, children: list[Child]) -> None:
+    """Return when a child spoke or ended, when a signal came, or after a while."""
+    handles: list[object] = [wakeup]
+    for child in children:
+        handles.append(child.process.sentinel)
+        if child.process.is_alive():
+            handles.append(child.control.connection)
+    multiprocessing.connection.wait(handles, timeout=POLL_S)  # type: ignore[arg-type]
+    try:
+        while wakeup.recv(64):
+            pass
+    except BlockingIOError:
+        return
+
+
+@contextmanager
+def signals() -> Iterator[tuple[socket.socket, deque[int]]]:
+    """SIGTERM and SIGINT as numbers in a queue, with a socket that turns readable; earlier handlers come back after."""
+    received: deque[int] = deque()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    earlier = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    earlier_wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        yield ours, received
+    finally:
+        signal.set_wakeup_fd(earlier_wakeup)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        ours.close()
+        theirs.close()
+
+
+# ---- in the children -------------------------------------------------------------------------------------------------
+
+
+def _gateway_main(
+    name: str, parent: int, log_level: str, connection: Connection, gateway: Gateway, endpoint: EngineEndpoint
+) -> None:
+    _settle(name, parent, log_level)
+    gateway(endpoint, connection)
+
+
+def _rank_main(name: str, parent: int, log_level: str, connection: Connection, spec: object) -> None:
+    from worker.rank import RankSpec, run_rank
+
+    _settle(name, parent, log_level)
+    if not isinstance(spec, RankSpec):
+        raise TypeError(f"a rank needs a RankSpec, got {type(spec).__name__}")
+    sys.exit(run_rank(spec, ChildEnd(connection)))
+
+
+def _settle(name: str, parent: int, log_level: str) -> None:
+    """Make a fresh process a good child: it dies with its supervisor, and leaves signals to it.
+
+    A terminal sends Ctrl-C to every process, and some process managers SIGTERM too. What they mean is decided once, in
+    the supervisor, which tells its children over the control pipe or kills them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+    logging.basicConfig(level=log_level, format=f"%(asctime)s %(levelname)s {name} %(name)s %(message)s")
