@@ -20,7 +20,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-helm test-observability lint format test-gpu setup-gpu protos buf-lint buf-breaking \
+.PHONY: help demo serve test test-fast test-helm test-observability lint format test-gpu setup-gpu protos buf-lint buf-breaking \
 	checkpoint chart-readme clean
 
 help:  ## show this list
@@ -34,6 +34,9 @@ serve: $(VENV)/.server  ## keep a server running (ARGS="--model Qwen/Qwen3-0.6B 
 
 test: lint buf-lint chart-tools prometheus-tools  ## lint and types, then all tests that need no GPU (ARGS="-k client")
 	@$(PY) -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.test  ## the tests that take a minute or two together: no whole servers, no chart
+	@$(PY) -m pytest -q -m "not gpu and not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-helm: chart-tools  ## the chart: lint, render, check, and a release's life against a fake API server
 	@$(PY) -m pytest -q -rs -n $(JOBS) --dist worksteal tests/helm $(ARGS)

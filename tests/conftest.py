@@ -34,10 +34,25 @@ def demo_checkpoint() -> Path:
     return ROOT / "model" / "demo"
 
 
+# Whole servers, several machines, a cluster's life, trainings: what `make test-fast` leaves to `make test`.
+SLOW = (
+    "helm",
+    "model/demo",
+    "observability",
+    "test_cli.py",
+    "test_end_to_end.py",
+    "test_multi_node.py",
+    "test_packaging.py",
+    "test_replicas.py",
+    "worker/test_processes.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, by name, where there is no GPU."""
-    if torch.cuda.is_available():
-        return
+    """Mark what is slow, and skip GPU tests, by name, where there is no GPU."""
+    here = Path(__file__).parent
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
