@@ -1,8 +1,9 @@
 """How the supervisors of several machines find each other, start together, and learn that one is gone.
 
-Each node keeps a line to node 0: a ZeroMQ connection with typed JSON on it, whose place and secret are in the store
-where they meet (`worker/rendezvous.py`). Both ends say something every second; a line that breaks, or is silent for too
-long, means that a node is gone, and with it the group.
+They meet at torch's c10d store, which node 0 hosts at the leader's address and port (under torchrun: its agent does).
+The ranks join their process group through the same store. Beside it each node keeps a line to node 0: a ZeroMQ
+connection with typed JSON on it, whose place and secret are in the store. Both ends say something every second; a line
+that breaks, or is silent for too long, means that a node is gone, and with it the group.
 
 Whoever reaches these ports can join: like NCCL's own they belong into a network that only the nodes share.
 """
@@ -13,19 +14,26 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import secrets
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
+from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
 from worker.messages import PROTOCOL_VERSION
-from worker.network import bind_tcp, reach, tcp
-from worker.rendezvous import connect_store, host_store, leader_of, where
+from worker.network import bind_tcp, interface_of, listen, reach, tcp
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from worker.channel import PlanSender
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +41,8 @@ BEAT_S = 1.0
 SILENCE_S = 15.0
 """A node that says nothing for so long is gone. One whose process ended is noticed at once."""
 RETRY_S = 0.5
-LINE_KEY = "line"
+STORE_TIMEOUT_S = 60.0
+LINE_KEY, PLANS_KEY = "line", "plans"
 
 MAY_DIFFER = frozenset(
     {
@@ -106,6 +115,104 @@ _to_node: msgspec.json.Decoder[ToNode] = msgspec.json.Decoder(ToNode)
 _encode = msgspec.json.Encoder().encode
 
 
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+
+def where(config: EngineConfig) -> str:
+    """Node 0's address and port, for messages."""
+    return f"{config.leader_address}:{config.leader_port}"
+
+
+def host_store(config: EngineConfig) -> Store:
+    """Node 0: open the store at the leader's address, or join the one that torchrun's agent has opened there.
+
+    Raises:
+        ConfigError: the port is in use.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if _agent_has_store():
+        return connect_store(config)
+    try:
+        listener = listen(_leader(config), config.leader_port)
+    except OSError as error:
+        why = os.strerror(error.errno or 0)  # its own text has the address in it once more
+        raise ConfigError(f"cannot listen on {where(config)}: {why}; see --leader-port") from error
+    address, descriptor = listener.getsockname()[0], listener.detach()
+    store = TCPStore(
+        _leader(config) if address in ("0.0.0.0", "::") else address,
+        config.leader_port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        master_listen_fd=descriptor,
+    )
+    return _ours(store)
+
+
+def connect_store(config: EngineConfig) -> Store:
+    """Reach the store that is there already.
+
+    Raises:
+        OSError: it is not there.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    way = reach(_leader(config), config.leader_port, timeout_s=5.0)  # tells in one line what the store tells in many
+    store = TCPStore(
+        way.theirs,
+        config.leader_port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=STORE_TIMEOUT_S),
+    )
+    return _ours(store)
+
+
+def choose_interface(config: EngineConfig) -> None:
+    """Let gloo and NCCL use the interface that leads to node 0, unless the user has chosen one."""
+    name = interface_of(reach(_leader(config), config.leader_port, timeout_s=5.0).ours)
+    if name is None:
+        logger.warning("no interface has the address that leads to %s; gloo and NCCL choose one", where(config))
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, not all that begin so
+
+
+def _ours(store: Store) -> Store:
+    """Our part of the store; with torchrun a new one after each of its restarts."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_has_store() else "0"
+    return PrefixStore(f"lightqwen/{attempt}", store)
+
+
+def _agent_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _leader(config: EngineConfig) -> str:
+    if config.leader_address is None:
+        raise ConfigError("--leader-address: is needed with --nodes")
+    return config.leader_address
+
+
+# ---- plans for ranks on other nodes ----------------------------------------------------------------------------------
+
+
+def publish_plans(config: EngineConfig, store: Store, sender: PlanSender) -> None:
+    """The leader: open its socket to the network, and say where."""
+    place = {"port": sender.open_to(_leader(config)), "secret": sender.secret.hex()}
+    store.set(PLANS_KEY, json.dumps(place))
+
+
+def find_plans(config: EngineConfig, store: Store) -> EngineEndpoint:
+    """A follower on another node: where the leader's plans come from."""
+    place = json.loads(store.get(PLANS_KEY))
+    leader = reach(_leader(config), config.leader_port, timeout_s=5.0).theirs
+    return EngineEndpoint(tcp(leader, place["port"]), bytes.fromhex(place["secret"]))
+
+
 # ---- node 0's end ----------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +247,7 @@ class LeaderLine:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 16)
-        port = bind_tcp(self._socket, leader_of(config))
+        port = bind_tcp(self._socket, _leader(config))
         self.store.set(LINE_KEY, json.dumps({"port": port, "secret": self._secret}))
 
     @property
@@ -378,7 +485,7 @@ class _Search(threading.Thread):
 
     def run(self) -> None:
         try:
-            way = reach(leader_of(self._config), self._config.leader_port, timeout_s=5.0)
+            way = reach(_leader(self._config), self._config.leader_port, timeout_s=5.0)
             line = json.loads(connect_store(self._config).get(LINE_KEY))
             self.line = tcp(way.theirs, line["port"]), line["secret"]
         except OSError as error:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.errors import ModelError
 from model.parallel import TensorParallel
-from worker import rendezvous
+from worker import nodes
 from worker.channel import GatewayChannel, PlanReceiver, PlanSender
 from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
@@ -190,8 +190,8 @@ def _join(spec: RankSpec, runtime: RuntimeConfig) -> tuple[TensorParallel, PlanS
         plans = _plans(spec, None)
         _form_group(spec, runtime, init_method=spec.rendezvous)
     else:
-        rendezvous.choose_interface(config)
-        store = rendezvous.connect_store(config)
+        nodes.choose_interface(config)
+        store = nodes.connect_store(config)
         plans = _plans(spec, store)
         _form_group(spec, runtime, store=dist.PrefixStore("group", store))  # type: ignore[attr-defined]
     return TensorParallel(rank=spec.rank, size=config.tensor_parallel_size, group=dist.group.WORLD), plans
@@ -213,11 +213,11 @@ def _plans(spec: RankSpec, store: Any) -> PlanSender | PlanReceiver:
     if spec.rank == 0:
         sender = PlanSender(spec.plans, config.tensor_parallel_size - 1)
         if store is not None:
-            rendezvous.publish_plans(config, store, sender)
+            nodes.publish_plans(config, store, sender)
         return sender
     if store is None or config.node_rank == 0:
         return PlanReceiver(spec.plans)
-    return PlanReceiver(rendezvous.find_plans(config, store))
+    return PlanReceiver(nodes.find_plans(config, store))
 
 
 class _Beat:
