@@ -59,7 +59,7 @@ class EngineConfig(BaseModel):
     prefix_caching: bool = True
     """Reuse KV blocks of equal prompt prefixes."""
     cuda_graphs: bool = True
-    """Run decode steps as CUDA graphs (CUDA only). Off helps debugging."""
+    """Run steps as CUDA graphs, all but very large ones (CUDA only). Off helps debugging."""
     run_ahead: int | None = Field(None, ge=1, le=4)
     """Steps in flight before the oldest is read back. Default: 2 on CUDA, 1 on the CPU."""
     admission_watermark: float = Field(0.01, ge=0.0, lt=1.0)
