@@ -1,4 +1,4 @@
-"""A step padded to a CUDA graph's shape computes what the step alone does; shown on the CPU, where nothing is captured."""
+"""A step padded to a CUDA graph's shape computes what the step alone does: on the CPU, where nothing is captured."""
 
 from __future__ import annotations
 
