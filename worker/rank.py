@@ -134,6 +134,7 @@ def _make_leader(
         max_model_len=max_model_len,
         max_running=runtime.max_running,
         max_batched_tokens=runtime.max_batched_tokens,
+        max_mixed_tokens=runtime.max_mixed_tokens,
         block_size=runtime.block_size,
         num_blocks=runner.num_blocks,
         watermark_blocks=int(config.admission_watermark * runner.num_blocks),

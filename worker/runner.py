@@ -81,7 +81,7 @@ class Runner:
         self._tables = tables
         self._kv_cache = kv_cache
         self._runtime = runtime
-        self._shapes = step_shapes(runtime, model) if runtime.cuda_graphs else []
+        self._shapes = step_shapes(runtime, model.graphs) if runtime.cuda_graphs else []
         self._graphs: list[_StepGraph] = []  # in the order of the shapes: the first that fits a plan is the cheapest
         self._input = torch.zeros(
             max((shape.num_words for shape in self._shapes), default=0), dtype=torch.int32, device=runtime.device

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.qwen3 import Qwen3ForCausalLM
+from model.attention import CapturedSteps
 from worker.plan import StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
 
@@ -75,17 +75,17 @@ class StepShape:
         entered[len(updates) :] = (scratch_slot, 0, 0)
 
 
-def step_shapes(runtime: RuntimeConfig, model: Qwen3ForCausalLM) -> list[StepShape]:
+def step_shapes(runtime: RuntimeConfig, captured: CapturedSteps) -> list[StepShape]:
     """The steps that get a graph of their own, cheapest first; a step is padded to the first that it fits."""
-    if model.graphs == "none":
+    if captured == "none":
         return []
     limit = runtime.max_running
     shapes = [
         StepShape.decode(rows, runtime.max_model_len)
         for rows in [*(rows for rows in _DECODE_ROWS if rows < limit), limit]
     ]
-    if model.graphs == "all":
-        most = min(runtime.max_batched_tokens, _LAUNCH_BOUND_FLOPS / model.flops_per_token)
+    if captured == "all":
+        most = min(runtime.max_batched_tokens, _LAUNCH_BOUND_FLOPS / runtime.flops_per_token)
         shapes += [
             StepShape.mixed(tokens, rows, runtime.max_model_len)
             for tokens in _MIXED_TOKENS

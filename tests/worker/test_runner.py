@@ -40,6 +40,7 @@ def make_runner(folder: Path) -> tuple[Runner, Scheduler]:
         max_model_len=MAX_LEN,
         max_running=SLOTS,
         max_batched_tokens=64,
+        max_mixed_tokens=64,
         block_size=BLOCK,
         num_blocks=BLOCKS,
         watermark_blocks=0,
