@@ -107,7 +107,7 @@ class _Supervisor:
         self._kill_gateway_at = float("inf")  # set while it drains
         self._rendezvous = ExitStack()
         self._line: LeaderLine | None = None  # to the other nodes
-        self._failure = "node 0 ended early"  # what the other nodes are told, unless it ends as asked
+        self._failure = "node 0 ended early"  # what the other nodes are told; empty once it ends as asked
 
     def run(self, wakeup: socket.socket, received: deque[int]) -> int:
         try:
@@ -167,8 +167,9 @@ class _Supervisor:
                 gateway.process.kill()
             return
         self._children.hear(gateway)
-        if self._draining:
-            raise StopError(0 if gateway.process.exitcode == 0 else 1)
+        if self._draining and gateway.process.exitcode == 0:
+            self._failure = ""
+            raise StopError(0)
         if gateway.fatal is not None:
             raise ConfigError(gateway.fatal)
         logger.error("%s", gateway.how_it_ended)
@@ -241,7 +242,7 @@ class _Supervisor:
 
     def _end_all(self) -> None:
         if self._line is not None:
-            self._line.end("" if self._draining else self._failure)
+            self._line.end(self._failure)
         self._ranks.kill()
         if self._gateway is not None:
             if self._gateway.up:
