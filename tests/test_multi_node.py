@@ -199,16 +199,21 @@ def test_a_rank_of_node_0_that_is_killed_fails_the_streams_and_ends_all() -> Non
 
 
 def test_a_node_that_is_asked_to_end_lets_what_runs_finish() -> None:
+    """Though node 0 is asked as well a moment later, as it is when a whole group must go."""
     variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
     env = [variables | {"NODE_RANK": str(node)} for node in range(2)]
-    with loopback(env=env) as group:
+    with loopback("--health-port", "0", env=env) as group:
         group.wait_ready()
+        prober = Prober(group.leader.facts["health"])
         with running_stream(group.leader.address) as generation:
             group.member.process.terminate()
+            until(lambda: prober.check() == NOT_SERVING, 5.0, "it does not drain")
+            group.leader.process.terminate()
             assert len(list(generation)) > 0
             assert generation.finished is not None
             assert generation.finished.usage.output_tokens == LONG
         assert group.exit_codes(20) == [0, 0]
+        prober.channel.close()
 
 
 def test_torchrun_starts_it_like_any_other_program(expected: list[list[int]]) -> None:

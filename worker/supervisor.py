@@ -105,6 +105,7 @@ class _Supervisor:
         self._epoch = 0
         self._restarts: deque[float] = deque()
         self._kill_gateway_at = float("inf")  # set while it drains
+        self._signalled = False
         self._rendezvous = ExitStack()
         self._line: LeaderLine | None = None  # to the other nodes
         self._failure = "node 0 ended early"  # what the other nodes are told; empty once it ends as asked
@@ -120,7 +121,7 @@ class _Supervisor:
                 self._tell_vitals(gateway)
                 wait(wakeup, [gateway, *self._ranks.children])
                 while received:
-                    self._on_signal(received.popleft())
+                    self._on_signal(gateway, received.popleft())
                 self._hear_all(gateway)
                 self._look_after_gateway(gateway)
                 if self._line is not None:
@@ -184,7 +185,7 @@ class _Supervisor:
             self._start_ranks()
         elif line.leaving and not self._draining:
             logger.warning("another node is asked to end: draining")
-            self._on_signal(signal.SIGTERM)
+            self._drain(gateway, signal.SIGTERM)
 
     def _look_after_ranks(self, gateway: Child) -> None:
         reason = self._ranks.find_loss()
@@ -229,16 +230,20 @@ class _Supervisor:
     def _draining(self) -> bool:
         return self._kill_gateway_at < float("inf")
 
-    def _on_signal(self, number: int) -> None:
-        gateway = self._gateway
-        if gateway is None or not gateway.up or not gateway.process.is_alive():
-            raise StopError(128 + number)  # nobody is served yet
-        if self._draining:
+    def _on_signal(self, gateway: Child, number: int) -> None:
+        """The first means drain, the second end now. That another node was asked before hurries nobody."""
+        if self._signalled and self._draining:
             gateway.control.send(Stop())
             self._kill_gateway_at = time.monotonic() + END_GRACE_S
-        else:
-            gateway.control.send(Drain())
-            self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
+        elif not self._draining:
+            self._drain(gateway, number)
+        self._signalled = True
+
+    def _drain(self, gateway: Child, number: int) -> None:
+        if not gateway.up or not gateway.process.is_alive():
+            raise StopError(128 + number)  # nobody is served yet
+        gateway.control.send(Drain())
+        self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
 
     def _end_all(self) -> None:
         if self._line is not None:
