@@ -25,7 +25,7 @@ import zmq
 from worker.config import ConfigError, EngineConfig
 from worker.messages import PROTOCOL_VERSION
 from worker.network import bind_tcp, reach, tcp
-from worker.rendezvous import REACH_TIMEOUT_S, bind_address, connect_store, host_store, leader_of, where
+from worker.rendezvous import REACH_TIMEOUT_S, bind_address, connect_store, host_store, leader_of, warn_of, where
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -199,11 +199,12 @@ class LeaderLine:
             address = bind_address(self._config)
             store = host_store(self._config, address)
         except OSError as error:
-            if not self.problem:
-                logger.warning("cannot listen on %s yet: %s", where(self._config), error.strerror)
-            self.problem = error.strerror or str(error)
+            first, self.problem = not self.problem, error.strerror or str(error)
+            if first:
+                logger.warning("cannot listen on %s yet: %s", where(self._config), self.problem)
             self._not_before = time.monotonic() + RETRY_S
             return None
+        warn_of(self._config, address)
         store.set(LINE_KEY, json.dumps({"port": bind_tcp(self._socket, address), "secret": self._secret.hex()}))
         return store
 

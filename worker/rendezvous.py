@@ -42,17 +42,20 @@ def leader_of(config: EngineConfig) -> str:
 
 def bind_address(config: EngineConfig) -> str | None:
     """Node 0: where it listens for the others. None: at all its addresses, for the leader's is that of something else
-    which leads here.
+    which leads here, or still that of a pod which was the leader before.
 
     Raises:
         OSError: the leader's name is not known, or not yet.
     """
-    address = own_address(leader_of(config))
+    return own_address(leader_of(config))
+
+
+def warn_of(config: EngineConfig, address: str | None) -> None:
+    """Say what about node 0's `bind_address` may surprise."""
     if address is None:
-        logger.warning("no interface has the address %s; listening on all of them", config.leader_address)
+        logger.warning("no interface has the address of %s; listening on all of them", config.leader_address)
     elif is_loopback(address) and config.leader_address not in (address, "localhost"):
         logger.warning("%s is %s here: no other machine reaches it", config.leader_address, address)
-    return address
 
 
 def host_store(config: EngineConfig, address: str | None) -> Store:

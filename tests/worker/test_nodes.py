@@ -297,6 +297,14 @@ def test_a_name_that_is_not_known_yet_is_waited_for(config: EngineConfig, monkey
         lines.close()
 
 
+def test_what_may_surprise_is_said_once_it_listens(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    lines = Lines(changed(config, leader_address="192.0.2.1"))
+    lines.leader.turn()
+    lines.leader.turn()
+    assert caplog.text.count("no interface has the address of 192.0.2.1") == 1
+    lines.close()
+
+
 def test_a_name_that_never_becomes_known_is_named(config: EngineConfig) -> None:
     lines = Lines(changed(config, leader_address="node0.invalid", join_timeout_s=1.0))
     with pytest.raises(ConfigError, match=r"cannot listen on node0\.invalid:\d+: .+; see --leader-address"):

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from worker import rendezvous
 from worker.channel import PlanReceiver, PlanSender, private_endpoint
 from worker.config import ConfigError, EngineConfig
-from worker.rendezvous import bind_address, connect_store, find_plans, host_store, publish_plans
+from worker.rendezvous import bind_address, connect_store, find_plans, host_store, publish_plans, warn_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several nodes are for Linux")
 
@@ -70,22 +70,30 @@ def test_the_store_is_open_at_the_leaders_address_alone(config: EngineConfig) ->
 def test_behind_the_address_of_something_else_it_listens_everywhere(caplog: pytest.LogCaptureFixture) -> None:
     """Such as that of a Service, which no interface of this machine has."""
     config = for_leader("192.0.2.1")
-    with caplog.at_level(logging.WARNING):
-        address = bind_address(config)
+    address = bind_address(config)
     assert address is None
-    assert "no interface has the address 192.0.2.1; listening on all of them" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        warn_of(config, address)
+    assert "no interface has the address of 192.0.2.1; listening on all of them" in caplog.text
     store = host_store(config, address)
     with socket.create_connection(("127.0.0.2", config.leader_port), timeout=2):
         store.set("there", "too")
 
 
-@pytest.mark.parametrize(("address", "warns"), [("node0", True), ("localhost", False), ("127.0.0.1", False)])
+@pytest.mark.parametrize(
+    ("name", "address", "warns"),
+    [
+        ("node0", "127.0.1.1", True),
+        ("node0", "192.0.2.7", False),
+        ("localhost", "127.0.0.1", False),
+        ("127.0.0.1", "127.0.0.1", False),
+    ],
+)
 def test_a_name_that_only_this_machine_reaches_is_warned_of(
-    address: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, address: str, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rendezvous, "own_address", lambda host: "127.0.1.1" if host == "node0" else "127.0.0.1")
     with caplog.at_level(logging.WARNING):
-        bind_address(for_leader(address))
+        warn_of(for_leader(name), address)
     assert ("no other machine reaches it" in caplog.text) is warns
 
 
