@@ -195,7 +195,6 @@ def test_a_rank_of_node_0_that_is_killed_fails_the_streams_and_ends_all() -> Non
             os.kill(rank, signal.SIGKILL)
             assert failure(generation).code is grpc.StatusCode.UNAVAILABLE
         assert group.exit_codes(20) == [1, 1]
-        assert "is gone: rank0 was ended by SIGKILL" in group.errors()[1]
 
 
 def test_a_node_that_is_asked_to_end_lets_what_runs_finish() -> None:

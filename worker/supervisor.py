@@ -240,8 +240,9 @@ class _Supervisor:
         self._signalled = True
 
     def _drain(self, gateway: Child, number: int) -> None:
+        """Let what runs finish, and end; where nobody is served yet, end now, by this signal."""
         if not gateway.up or not gateway.process.is_alive():
-            raise StopError(128 + number)  # nobody is served yet
+            raise StopError(128 + number)
         gateway.control.send(Drain())
         self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
 
