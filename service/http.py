@@ -5,6 +5,7 @@ It runs on a thread of its own, so that /healthz can tell that the event loop ha
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -18,15 +19,20 @@ Check = Callable[[], str | None]
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    allow_reuse_address = True
 
     def server_bind(self) -> None:
         """As the base, but without its look-up of the host's name, which may take seconds."""
+        # A server that starts again gets its port back, although connections of the last one linger there.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
         self.setup_environ()
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(WSGIRequestHandler):
@@ -49,7 +55,8 @@ class HttpEndpoint:
     def __init__(self, host: str, port: int, registry: CollectorRegistry, check: Check) -> None:
         self._metrics = make_wsgi_app(registry)
         self._check = check
-        self._server = make_server(host, port, self._answer, server_class=_Server, handler_class=_Handler)
+        server_class = _ServerV6 if ":" in host else _Server
+        self._server = make_server(host.strip("[]"), port, self._answer, server_class, _Handler)
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         self._thread.start()

@@ -235,12 +235,9 @@ class EngineClient:
         self._reason = reason
         self._set_state(EngineState.RESTARTING)
         self._forget_tickets()
-        for stream in list(self._streams.values()):
-            stream.resubmits += 1
-            if stream.resubmits > MAX_RESUBMITS:
-                failure = EngineFailedError(f"the engine died {stream.resubmits} times while it ran this request")
-                stream._fail(failure)
-                del self._streams[stream.number]
+        for stream in [s for s in self._streams.values() if s.resubmits == MAX_RESUBMITS]:
+            stream._fail(EngineFailedError(f"the engine died {MAX_RESUBMITS + 1} times while it ran this request"))
+            del self._streams[stream.number]
 
     def engine_dead(self, reason: str) -> None:
         """The supervisor says that the ranks will not come back."""
@@ -374,6 +371,7 @@ class EngineClient:
         self._reason = ""
         self._aborted_at.clear()  # they died with the ranks
         for stream in self._streams.values():
+            stream.resubmits += 1
             self._send_submit(stream)
         if self._streams:
             logger.info("resubmitted streams=%d epoch=%d", len(self._streams), message.info.epoch)

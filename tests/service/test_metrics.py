@@ -143,6 +143,23 @@ def test_a_client_that_says_nothing_keeps_nobody_else_waiting() -> None:
         endpoint.close()
 
 
+def test_a_server_that_starts_again_gets_its_port_back_at_once() -> None:
+    """The end that closes a connection first keeps its port for a minute: here that is the server, after each scrape."""
+    first = HttpEndpoint("127.0.0.1", 0, CollectorRegistry(), lambda: None)
+    assert fetch(f"http://127.0.0.1:{first.port}/metrics")[0] == 200
+    first.close()
+    HttpEndpoint("127.0.0.1", first.port, CollectorRegistry(), lambda: None).close()
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_metrics_are_served_over_ipv6_too(host: str) -> None:
+    endpoint = HttpEndpoint(host, 0, CollectorRegistry(), lambda: None)
+    try:
+        assert fetch(f"http://[::1]:{endpoint.port}/healthz") == (200, "ok\n")
+    finally:
+        endpoint.close()
+
+
 def test_counters_go_on_when_the_engine_starts_again() -> None:
     metrics = Metrics("m")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -156,6 +157,35 @@ async def test_news_of_a_death_that_come_after_the_new_ranks_change_nothing(
         batches, finished = await drain(stream)
     assert [token for batch in batches for token in batch] == [count_up([1], i) for i in range(50)]
     assert finished.reason is FinishReason.MAX_TOKENS
+
+
+async def test_a_loop_that_was_blocked_while_the_ranks_died_and_came_again_loses_nothing(
+    client: EngineClient, leader: FakeLeader
+) -> None:
+    """It finds both in its queue: what the dead said, and that others are there."""
+    leader.step_s = 0.001
+    stream = client.submit(request(1, max_tokens=200))
+    while leader.generated < 100:
+        time.sleep(0.01)  # noqa: ASYNC251 - blocks the loop, as a bug would
+    leader.die()
+    with FakeLeader(leader.endpoint, epoch=2, step_s=0.001):
+        time.sleep(0.2)  # noqa: ASYNC251
+        batches, finished = await drain(stream)
+    assert [token for batch in batches for token in batch] == [count_up([1], i) for i in range(200)]
+    assert finished.reason is FinishReason.MAX_TOKENS
+
+
+async def test_only_ranks_that_ran_a_request_count_against_it_when_they_die(
+    client: EngineClient, leader: FakeLeader
+) -> None:
+    stream = client.submit(request(1, max_tokens=100))
+    await eventually(lambda: leader.generated > 5)
+    leader.die()
+    for epoch in (1, 2, 3, 4):  # the first had the request; the others died while they loaded weights
+        client.engine_lost(epoch, "killed")
+    with FakeLeader(leader.endpoint, epoch=5):
+        batches, _ = await drain(stream)
+    assert [token for batch in batches for token in batch] == [count_up([1], i) for i in range(100)]
 
 
 async def test_a_dead_engine_fails_what_runs_and_wakes_who_waits(client: EngineClient, leader: FakeLeader) -> None:
