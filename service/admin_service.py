@@ -11,6 +11,7 @@ import grpc
 
 from service import convert
 from service.admission import Admission
+from service.errors import AdminAbortError
 from service.streams import OpenCalls
 from worker.client import EngineClient
 
@@ -76,7 +77,8 @@ class AdminServicer:
     async def Abort(self, message: admin_pb2.AbortRequest, context: Context) -> admin_pb2.AbortResponse:
         ids, everything = convert.abort_request(message)
         wanted = dict.fromkeys([*ids, *(self._calls.ids() if everything else ())])
-        return convert.abort_response([(request_id, self._calls.abort(request_id)) for request_id in wanted])
+        outcomes = [(request_id, self._calls.end(request_id, AdminAbortError())) for request_id in wanted]
+        return convert.abort_response(outcomes)
 
     async def Drain(self, message: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         wait_s = convert.drain_wait_s(message)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from service.errors import OverloadedError, UnavailableError
+from service.errors import DrainingError, OverloadedError
 
 BYTES_PER_TOKEN = 3
 """A low guess for text in general (English is near 4.5, Chinese near 3.5 with Qwen's vocabulary), so that the estimate
@@ -47,11 +47,11 @@ class Admission:
         """Let a request with about so many prompt tokens in.
 
         Raises:
-            ServeError: OverloadedError where it would have to wait and may not; UnavailableError while draining.
+            ServeError: OverloadedError where it would have to wait and may not; DrainingError while draining.
         """
         if self.draining:
             self._on_reject("DRAINING")
-            raise UnavailableError("the server is draining", reason="DRAINING", retry_after_s=RETRY_AFTER_S)
+            raise DrainingError("the server is draining")
         if self.streams >= self._max_streams:
             raise self._overloaded("STREAMS_FULL", f"{self.streams} requests are open")
         if self.waiting_requests >= self._max_requests:

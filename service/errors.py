@@ -9,7 +9,8 @@
     ├── ModelNotFoundError       NOT_FOUND
     ├── DuplicateRequestError    ALREADY_EXISTS
     ├── OverloadedError          RESOURCE_EXHAUSTED   with the time after which to try again
-    ├── UnavailableError         UNAVAILABLE          starting, restarting, draining, dead
+    ├── UnavailableError         UNAVAILABLE          starting, restarting, dead
+    │   └── DrainingError
     ├── DeadlineError            DEADLINE_EXCEEDED
     ├── AdminAbortError          ABORTED
     └── WorkerFailedError        INTERNAL
@@ -153,6 +154,11 @@ class UnavailableError(ServeError):
         }.get(error.state, ("ENGINE_DEAD", None))
         message = {"STARTING": "the engine is starting", "ENGINE_RESTARTING": "the engine is being restarted"}
         return cls(message.get(reason, "the engine is gone"), reason=reason, retry_after_s=retry_after_s)
+
+
+class DrainingError(UnavailableError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="DRAINING", retry_after_s=1.0)
 
 
 class DeadlineError(ServeError):

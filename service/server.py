@@ -25,7 +25,7 @@ from service.admission import Admission
 from service.auth import Authenticator, AuthInterceptor
 from service.checkpoint import read_card, read_tokenizer_files
 from service.config import ServeConfig
-from service.errors import StatusInterceptor
+from service.errors import DrainingError, StatusInterceptor
 from service.generation import GenerationServicer
 from service.http import HttpEndpoint
 from service.logs import configure_logging
@@ -211,6 +211,7 @@ class Gateway:
         self._admission.drain()
         if not await self._calls.wait_idle(self._config.drain_timeout_s):
             logger.warning("drain timed out streams=%d", len(self._calls))
+            self._calls.end_all(DrainingError("the server ended before this request did"))
 
     def end_gracefully(self) -> None:
         """Drain, then end."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from service.detokenizing import Detokenizer
-from service.errors import AdminAbortError, DuplicateRequestError
+from service.errors import DuplicateRequestError, ServeError
 from service.requests import ResolvedRequest
 from worker.client import TokenBatch
 from worker.messages import Finished, FinishReason
@@ -123,37 +123,39 @@ def _finished(finished: Finished) -> FinishedEvent:
 
 
 class Call:
-    """One open Generate call, as an administrator can reach it."""
+    """One open Generate call, as others can end it: an administrator, or a server that waited long enough."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.release: Callable[[], None] = lambda: None
         """Gives up what the engine does for this call. Set once there is something."""
-        self._aborted = False
+        self._ended: ServeError | None = None
         self._waiting: asyncio.Timeout | None = None
 
-    def abort(self) -> None:
-        """End the call with ABORTED, at its next wait or now if it is waiting; the engine lets go of it at once."""
-        if self._aborted:
+    def end(self, error: ServeError) -> None:
+        """End the call with this error, at its next wait or now if it is waiting; the engine lets go of it at once."""
+        if self._ended is not None:
             return
-        self._aborted = True
+        self._ended = error
         self.release()
         if self._waiting is not None:
             self._waiting.reschedule(asyncio.get_running_loop().time())
 
     async def wait(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Wait for something, or for `abort`.
+        """Wait for something, or for `end`.
 
         Raises:
-            AdminAbortError: `abort` came first.
+            ServeError: what `end` was told, if that came first.
         """
-        if self._aborted:
-            raise AdminAbortError
+        if self._ended is not None:
+            raise self._ended
         try:
             async with asyncio.timeout(None) as self._waiting:
                 return await work()
         except TimeoutError:
-            raise AdminAbortError from None
+            if self._ended is None:
+                raise
+            raise self._ended from None
         finally:
             self._waiting = None
 
@@ -190,12 +192,16 @@ class OpenCalls:
     def ids(self) -> list[str]:
         return list(self._calls)
 
-    def abort(self, request_id: str) -> bool:
-        """Abort the call with this id; False when there is none."""
+    def end(self, request_id: str, error: ServeError) -> bool:
+        """End the call with this id; False when there is none."""
         call = self._calls.get(request_id)
         if call is not None:
-            call.abort()
+            call.end(error)
         return call is not None
+
+    def end_all(self, error: ServeError) -> None:
+        for call in self._calls.values():
+            call.end(error)
 
     async def wait_idle(self, timeout_s: float | None) -> bool:
         """Wait until no call is open, or until the time is over; tells whether none is."""

@@ -199,7 +199,7 @@ class Rules:
 
     def _check_prompt(self, prompt: Prompt) -> list[Violation]:
         if isinstance(prompt, TokenPrompt):
-            return self._check_ids(prompt.ids, "prompt.token_ids")
+            return self._check_ids(prompt.ids, "prompt.token_ids.ids")
         if isinstance(prompt, TextPrompt):
             return self._check_bytes("prompt.text", len(prompt.text.encode()))
         return self._check_chat(prompt)
@@ -235,7 +235,7 @@ class Rules:
         if len(wrong):
             where = int(wrong[0])
             return [
-                Violation(f"{field}.ids[{where}]", f"{ids[where]} is outside the vocabulary of {self._card.vocab_size}")
+                Violation(f"{field}[{where}]", f"{ids[where]} is outside the vocabulary of {self._card.vocab_size}")
             ]
         return []
 

@@ -14,7 +14,7 @@ from lightqwen.v1 import admin_pb2, common_pb2, generation_pb2, model_pb2
 from service.admin_service import TokenRate
 from tests.service.conftest import EOS, Serve, Served, collect, eventually, generate_request, ids
 from tests.service.fake_leader import MAX_MODEL_LEN, VOCAB_SIZE, FakeLeader
-from tests.service.test_errors import exhaust_by_reading, failure
+from tests.service.test_errors import failure, failure_by_reading
 
 
 async def test_the_model_is_told(served: Served, checkpoint: Path, tokenizer: Tokenizer) -> None:
@@ -62,7 +62,7 @@ async def test_detokenize_is_its_inverse(served: Served, tokenizer: Tokenizer) -
     request = generation_pb2.DetokenizeRequest(token_ids=tokens, skip_special_tokens=True)
     assert (await served.generation.Detokenize(request)).text == "你好 🙂"
     failed = await failure(served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[VOCAB_SIZE])))
-    assert failed.fields == ["token_ids.ids[0]"] or failed.fields == ["token_ids[0]"]
+    assert failed.fields == ["token_ids[0]"]
 
 
 async def test_an_administrator_ends_a_stream_with_aborted(served: Served) -> None:
@@ -94,9 +94,7 @@ async def test_an_aborted_stream_that_nobody_reads_is_let_go_by_the_engine(serve
     await call.read()
     await served.admin.Abort(admin_pb2.AbortRequest(request_ids=["slow"]))
     await eventually(lambda: not served.leader.running)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await exhaust_by_reading(call)
-    assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert (await failure_by_reading(call)).code is grpc.StatusCode.ABORTED
 
 
 async def test_the_load_is_told_and_watched(served: Served) -> None:

@@ -52,14 +52,16 @@ async def failure(call: Any) -> Failure:
     return Failure(caught.value)
 
 
+async def failure_by_reading(call: Any) -> Failure:
+    """As `failure`, for a stream of which something was `read` before; gRPC allows one style only."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    return Failure(caught.value)
+
+
 async def exhaust(call: Any) -> None:
     async for _ in call:
-        pass
-
-
-async def exhaust_by_reading(call: Any) -> None:
-    """For a call of which something was `read` before; gRPC allows one style only."""
-    while await call.read() is not grpc.aio.EOF:
         pass
 
 
@@ -76,7 +78,7 @@ USER = common_pb2.ChatMessage(role=common_pb2.ROLE_USER, content="hi")
 INVALID = {
     "no prompt": (generation_pb2.GenerateRequest(), "prompt"),
     "empty text": (request(common_pb2.Prompt(text="")), "prompt.text"),
-    "empty ids": (request(common_pb2.Prompt(token_ids={})), "prompt.token_ids"),
+    "empty ids": (request(common_pb2.Prompt(token_ids={})), "prompt.token_ids.ids"),
     "empty chat": (request(chat()), "prompt.chat.messages"),
     "id": (request(ids(1, VOCAB_SIZE)), "prompt.token_ids.ids[1]"),
     "huge id": (request(ids(2**32 - 1)), "prompt.token_ids.ids[0]"),
