@@ -7,7 +7,6 @@ import hashlib
 from pathlib import Path
 
 import grpc
-import pytest
 from tokenizers import Tokenizer
 
 from lightqwen.v1 import admin_pb2, common_pb2, generation_pb2, model_pb2

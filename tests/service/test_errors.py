@@ -55,13 +55,17 @@ async def failure(call: Any) -> Failure:
 async def failure_by_reading(call: Any) -> Failure:
     """As `failure`, for a stream of which something was `read` before; gRPC allows one style only."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        while await call.read() is not grpc.aio.EOF:
-            pass
+        await exhaust_by_reading(call)
     return Failure(caught.value)
 
 
 async def exhaust(call: Any) -> None:
     async for _ in call:
+        pass
+
+
+async def exhaust_by_reading(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
         pass
 
 

@@ -144,7 +144,7 @@ def test_a_client_that_says_nothing_keeps_nobody_else_waiting() -> None:
 
 
 def test_a_server_that_starts_again_gets_its_port_back_at_once() -> None:
-    """The end that closes a connection first keeps its port for a minute: here that is the server, after each scrape."""
+    """The end that closes a connection first keeps its port for a minute: here, the server after each scrape."""
     first = HttpEndpoint("127.0.0.1", 0, CollectorRegistry(), lambda: None)
     assert fetch(f"http://127.0.0.1:{first.port}/metrics")[0] == 200
     first.close()
