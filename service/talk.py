@@ -27,11 +27,8 @@ def generate(arguments: argparse.Namespace) -> int:
         raise CommandError("--system and --thinking belong to the chat template, which --raw leaves out")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with _connect(arguments) as client:
-        if arguments.raw:
-            generation = client.generate(prompt, **_options(arguments))
-        else:
-            generation = _ask(client, [*_beginning(arguments), {"role": "user", "content": prompt}], arguments)
-        with generation:
+        history = [*_beginning(arguments), {"role": "user", "content": prompt}]
+        with _ask(client, prompt if arguments.raw else history, arguments) as generation:
             _show(generation)
         _show_stats(generation, arguments)
     return 0
@@ -59,10 +56,10 @@ def chat(arguments: argparse.Namespace) -> int:
 def _turn(client: Client, history: History, line: str, arguments: argparse.Namespace) -> History:
     """Ask, show the answer, and return the history with both; without them when the server refused."""
     asked = [*history, {"role": "user", "content": line}]
-    generation = _ask(client, asked, arguments)
     try:
+        generation = _ask(client, asked, arguments)
         text = _show(generation, interruptible=True)
-    except LightqwenError as error:
+    except (CommandError, LightqwenError) as error:
         print(f"lightqwen: error: {error}", file=sys.stderr)
         return history
     _show_stats(generation, arguments)
@@ -74,8 +71,19 @@ def _answer(text: str) -> str:
     return text.partition("</think>")[2].lstrip() if "</think>" in text else text
 
 
-def _ask(client: Client, messages: History, arguments: argparse.Namespace) -> Generation:
-    return client.generate(build_chat(messages, enable_thinking=arguments.thinking), **_options(arguments))
+def _ask(client: Client, prompt: str | History, arguments: argparse.Namespace) -> Generation:
+    """Begin an answer: to a text as it is, or to a conversation.
+
+    Raises:
+        CommandError: the contract has no room for what was typed.
+    """
+    try:
+        asked = prompt if isinstance(prompt, str) else build_chat(prompt, enable_thinking=arguments.thinking)
+        return client.generate(asked, **_options(arguments))
+    except UnicodeEncodeError as error:
+        raise CommandError("what you typed is not UTF-8") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _beginning(arguments: argparse.Namespace) -> History:

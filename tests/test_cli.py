@@ -216,6 +216,20 @@ def test_refusal_is_one_line(target: str) -> None:
     assert_one_error_line(run("generate", "x", "--target", target, "--top-p", "7"), "INVALID_ARGUMENT", "top_p")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["x", "--max-tokens", "99999999999"], ["max_tokens", "99999999999"]),
+        (["x", "--seed", "-1"], ["seed", "-1"]),
+        ([b"\xff\xfe"], ["UTF-8"]),
+        ([b"\xff\xfe", "--raw"], ["UTF-8"]),
+        (["x", "--system", b"\xff"], ["UTF-8"]),
+    ],
+)
+def test_what_the_contract_has_no_room_for_is_one_line(options: list[str | bytes], words: list[str]) -> None:
+    assert_one_error_line(run("generate", *map(os.fsdecode, options), "--target", "127.0.0.1:1"), *words)
+
+
 def test_nobody_there_is_one_line() -> None:
     assert_one_error_line(run("generate", "x", "--target", "127.0.0.1:1"), "127.0.0.1:1", "UNAVAILABLE")
 
@@ -314,7 +328,7 @@ class Screen:
         self._unread = ""
 
     def type(self, text: str) -> None:
-        os.write(self._terminal, text.encode())
+        os.write(self._terminal, os.fsencode(text))
 
     def expect(self, text: str, then: int = 0, timeout: float = 20.0) -> str:
         """Read until `text` has come, and so many characters after it; returns what came before it."""
@@ -343,6 +357,9 @@ def test_chat_ctrl_c_stops_one_answer_only(target: str) -> None:
     screen.expect("> ")
     screen.type("/unknown\n")
     screen.expect("/quit (or Ctrl-D) ends")
+    screen.expect("> ")
+    screen.type("\udcff\n")  # a byte that is not UTF-8
+    screen.expect("error: what you typed is not UTF-8")
     screen.expect("> ")
     screen.type("\x04")  # Ctrl-D
     assert screen.wait() == 0

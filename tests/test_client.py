@@ -205,6 +205,12 @@ def test_unknown_role_is_refused() -> None:
         build_chat([{"role": "robot", "content": "x"}])
 
 
+def test_a_value_that_the_contract_has_no_room_for_is_refused_by_name() -> None:
+    for options in ({"seed": -1}, {"max_tokens": 2**31}, {"stop": ["\udcff"]}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
+            build_request("x", **options)
+
+
 def test_unary_calls(client: Client) -> None:
     tokens = client.tokenize("hi", timeout=10)
     assert list(tokens.token_ids) == [5, 6]

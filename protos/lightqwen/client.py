@@ -184,13 +184,17 @@ def build_request(prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Gen
 
     Raises:
         TypeError: there is no such option.
+        ValueError: the contract has no room for a value; names the option.
     """
     given = _given(**options)
     request = GenerateRequest(prompt=build_prompt(prompt))
     groups: tuple[Any, ...] = (request.sampling, request.stopping, request.output, request)
     for group in groups:
-        if fields := {name: given.pop(name) for name in group.DESCRIPTOR.fields_by_name if name in given}:
-            group.MergeFrom(type(group)(**fields))
+        for name in given.keys() & group.DESCRIPTOR.fields_by_name.keys():
+            try:
+                group.MergeFrom(type(group)(**{name: given.pop(name)}))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     if given:
         raise TypeError(f"unknown option {', '.join(sorted(given))}")
     return request
