@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import multiprocessing
 import os
 import sys
 from functools import partial
@@ -64,7 +65,9 @@ def _run_server(config: ServeConfig) -> int:
             facts = {**facts, "health": host_port(served.health_host, health_port)}
         print(ready_line(facts, seconds), flush=True)
 
-    configure_logging(served.log_level, served.log_format)
+    multiprocessing.current_process().name = "supervisor"
+    set_up_logging = partial(configure_logging, served.log_level, served.log_format)
+    set_up_logging()
     try:
         with probe_endpoint(served.health_host, served.health_port, vitals) as health_port:
             return supervisor.serve(
@@ -73,7 +76,7 @@ def _run_server(config: ServeConfig) -> int:
                 drain_timeout_s=served.withdrawal_s + served.drain_timeout_s,
                 on_progress=terminal.progress,
                 on_ready=on_ready,
-                log_level=served.log_level.upper(),
+                set_up_logging=set_up_logging,
                 vitals=vitals,
             )
     finally:

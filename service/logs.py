@@ -14,6 +14,7 @@ class JsonFormatter(logging.Formatter):
         entry = {
             "time": time.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
+            "process": record.processName,
             "logger": record.name,
             "message": record.getMessage(),
         }
@@ -28,5 +29,5 @@ def configure_logging(level: str, format: Literal["text", "json"]) -> None:
     if format == "json":
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(processName)s %(name)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -28,7 +28,6 @@ from service.config import ServeConfig
 from service.errors import DrainingError, StatusInterceptor
 from service.generation import GenerationServicer
 from service.http import HttpEndpoint
-from service.logs import configure_logging
 from service.metrics import Metrics
 from service.model_service import ModelServicer
 from service.ports import bind, cannot_listen, host_port
@@ -87,7 +86,6 @@ def run_gateway(config: ServeConfig, endpoint: EngineEndpoint, control: Connecti
         endpoint: where the leader listens.
         control: the line to the supervisor.
     """
-    configure_logging(config.log_level, config.log_format)
     child = ChildEnd(control)
     try:
         gateway = Gateway(config, endpoint, child)

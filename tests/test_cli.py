@@ -23,6 +23,7 @@ import trustme
 
 from service.config import ServeConfig
 from service.terminal import Terminal, printable, read_ready_line, ready_line
+from tests.processes import children, until
 from worker.control import Progress
 
 LIGHTQWEN = [sys.executable, "-m", "service.cli"]
@@ -140,6 +141,19 @@ sys.exit(main())
     assert_one_error_line(done, "pydantic", "lightqwen[server]")
 
 
+@pytest.mark.parametrize("processes", [2, 3])  # with the gateway, with the rank; besides what tracks their resources
+def test_ctrl_c_while_it_starts_ends_it_without_a_word(processes: int) -> None:
+    """A terminal sends it to every process, also to those that are still importing what they need."""
+    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        until(lambda: len(children(process.pid)) >= processes, 20.0, "it does not start")
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert [line for line in errors.splitlines() if not line.startswith("lightqwen: rank0: ")] == []
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +196,8 @@ def test_version() -> None:
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
-    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU, "--num-blocks", "64"]
+    logs = ["--log-level", "info", "--log-format", "json"]
+    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU, *logs, "--num-blocks", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -195,6 +210,8 @@ def target() -> Iterator[str]:
         process.terminate()
         rest = process.stderr.read()
         assert process.wait(30) == 0, rest
+        records = [json.loads(line) for line in rest.splitlines() if not line.startswith("lightqwen: ")]
+        assert {record["process"] for record in records} == {"rank0", "gateway"}
 
 
 def test_generate_streams_text_and_stats(target: str) -> None:

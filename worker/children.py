@@ -7,7 +7,6 @@ said that it cannot go on (`Fatal`). The ranks of a node come and go together, s
 from __future__ import annotations
 
 import ctypes
-import logging
 import multiprocessing.connection
 import os
 import signal
@@ -18,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 
@@ -31,6 +31,7 @@ Facts = dict[str, str | int | float]
 Gateway = Callable[[EngineEndpoint, Connection], None]
 OnProgress = Callable[[str, Progress], None]
 OnReady = Callable[[Facts, float], None]
+SetUpLogging = Callable[[], object]
 
 POLL_S = 0.5
 
@@ -84,9 +85,9 @@ class Child:
 class Children:
     """Starts processes and listens to them."""
 
-    def __init__(self, on_progress: OnProgress, log_level: str) -> None:
+    def __init__(self, on_progress: OnProgress, set_up_logging: SetUpLogging) -> None:
         self._on_progress = on_progress
-        self._log_level = log_level
+        self._set_up_logging = set_up_logging
 
     def start_gateway(self, gateway: Gateway, endpoint: EngineEndpoint) -> Child:
         context = multiprocessing.get_context("spawn")
@@ -133,9 +134,10 @@ class Children:
     ) -> Child:
         ours, theirs = context.Pipe(duplex=True)
         process = context.Process(
-            target=main, args=(name, os.getpid(), self._log_level, theirs, *arguments), name=name, daemon=True
+            target=main, args=(os.getpid(), self._set_up_logging, theirs, *arguments), name=name, daemon=True
         )
-        process.start()
+        with _signals_held():
+            process.start()
         theirs.close()
         return Child(name, process, SupervisorEnd(ours))
 
@@ -212,26 +214,40 @@ def signals() -> Iterator[tuple[socket.socket, deque[int]]]:
         theirs.close()
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGTERM and SIGINT wait. A process that is started meanwhile inherits that: it must not die of what is meant
+    for the supervisor before it can `_settle`."""
+    resource_tracker.ensure_running()  # else Python starts it with the next process, and lets signals in after
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 # ---- in the children -------------------------------------------------------------------------------------------------
 
 
 def _gateway_main(
-    name: str, parent: int, log_level: str, connection: Connection, gateway: Gateway, endpoint: EngineEndpoint
+    parent: int, set_up_logging: SetUpLogging, connection: Connection, gateway: Gateway, endpoint: EngineEndpoint
 ) -> None:
-    _settle(name, parent, log_level)
+    _settle(parent)
+    set_up_logging()
     gateway(endpoint, connection)
 
 
-def _rank_main(name: str, parent: int, log_level: str, connection: Connection, spec: object) -> None:
+def _rank_main(parent: int, set_up_logging: SetUpLogging, connection: Connection, spec: object) -> None:
     from worker.rank import RankSpec, run_rank
 
-    _settle(name, parent, log_level)
+    _settle(parent)
+    set_up_logging()
     if not isinstance(spec, RankSpec):
         raise TypeError(f"a rank needs a RankSpec, got {type(spec).__name__}")
     sys.exit(run_rank(spec, ChildEnd(connection)))
 
 
-def _settle(name: str, parent: int, log_level: str) -> None:
+def _settle(parent: int) -> None:
     """Make a fresh process a good child: it dies with its supervisor, and leaves signals to it.
 
     A terminal sends Ctrl-C to every process, and some process managers SIGTERM too. What they mean is decided once, in
@@ -244,4 +260,3 @@ def _settle(name: str, parent: int, log_level: str) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
-    logging.basicConfig(level=log_level, format=f"%(asctime)s %(levelname)s {name} %(name)s %(message)s")

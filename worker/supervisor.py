@@ -31,6 +31,7 @@ from worker.children import (
     OnProgress,
     OnReady,
     Ranks,
+    SetUpLogging,
     StopError,
     signals,
     wait,
@@ -57,7 +58,7 @@ def serve(
     drain_timeout_s: float,
     on_progress: OnProgress,
     on_ready: OnReady,
-    log_level: str = "WARNING",
+    set_up_logging: SetUpLogging = logging.basicConfig,
     vitals: Vitals | None = None,
 ) -> int:
     """Run the server, or a node's part of it, until a signal or a failure ends it; returns the exit code.
@@ -67,12 +68,13 @@ def serve(
         drain_timeout_s: how long the gateway may take to drain before it is killed.
         on_progress: told about long work, with the name of the process that does it.
         on_ready: told once, with facts for the user and the seconds since the start.
+        set_up_logging: called in every process that is started; picklable.
         vitals: told at every turn how things are.
 
     Raises:
         ConfigError: a process gave up for a reason that a user can mend.
     """
-    children, vitals = Children(on_progress, log_level), vitals or Vitals()
+    children, vitals = Children(on_progress, set_up_logging), vitals or Vitals()
     with signals() as (wakeup, received):
         if config.node_rank > 0:
             from worker.member import Member

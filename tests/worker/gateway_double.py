@@ -120,7 +120,7 @@ def main() -> None:
             drain_timeout_s=20.0,
             on_progress=on_progress,
             on_ready=on_ready,
-            log_level="INFO",
+            set_up_logging=functools.partial(logging.basicConfig, level="INFO"),
         )
     except ConfigError as error:
         report(config_error=str(error))
