@@ -117,7 +117,8 @@ class TextCodec:
             text, add_special_tokens = self._template.render(prompt), False
         else:
             text = prompt.text
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # A batch of one: only batches are encoded without holding Python's lock, under which the event loop would wait.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return Encoded(np.array(encoding.ids, dtype=np.int64), text)
 
     async def _off_the_loop(self, work: Callable[[], T]) -> T:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +71,20 @@ def render(template: str, **chat: Any) -> str:
     return ChatTemplate(template, {"eos_token": EOS}).render(
         ChatPrompt(messages=({"role": "user", "content": "c"},), **chat)
     )
+
+
+async def test_the_event_loop_goes_on_while_a_long_text_is_tokenized(
+    demo_checkpoint: Path, executor: ThreadPoolExecutor
+) -> None:
+    codec = codec_of(demo_checkpoint, executor)
+    began = time.monotonic()
+    encoding = asyncio.create_task(codec.encode(TextPrompt("hello world " * 50_000)))
+    turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > (time.monotonic() - began) / 0.05
+    assert len((await encoding).ids) > 50_000
 
 
 def test_the_dialect() -> None:
