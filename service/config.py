@@ -66,9 +66,9 @@ class ServeConfig(BaseSettings, EngineConfig):
     max_streams: int = Field(4096, ge=1)
     """Generate calls open at the same time at most, running ones included."""
     max_prompt_bytes: int = Field(4 * 2**20, ge=1, le=2**30)
-    """Bytes of a text or chat prompt at most (UTF-8)."""
+    """Bytes of a prompt at most: of text or chats in UTF-8, of token ids four each."""
     max_chat_messages: int = Field(1024, ge=1)
-    """Messages of a chat prompt at most."""
+    """Messages of a chat prompt at most, and as many tools and tool calls."""
     max_stop_strings: int = Field(16, ge=0, le=64)
     """Stop strings of one request at most."""
     max_stop_string_bytes: int = Field(256, ge=1, le=4096)

@@ -1,7 +1,7 @@
 """Between the contract's messages and the gateway's own types: the only module that reads or builds messages.
 
-It refuses what is in the contract but does not work here (`_UNSUPPORTED`), and what cannot be turned into a value; all
-other checks are `validation`'s.
+It refuses what is in the contract but does not work here (`_UNSUPPORTED`), what cannot be turned into a value, and
+chats of so many parts that turning them into values would hold up the event loop; all other checks are `validation`'s.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ _UNSUPPORTED_IN_TOKENIZE: Mapping[str, object] = {
     if field.startswith("prompt.") and field not in ("prompt.chat.tools", "prompt.chat.thinking_token_budget")
 }
 
+MAX_TEMPLATE_ARGUMENTS = 32
+MAX_TEMPLATE_ARGUMENTS_BYTES = 64 * 2**10
+
 _ROLES = {
     common_pb2.ROLE_SYSTEM: "system",
     common_pb2.ROLE_USER: "user",
@@ -92,19 +95,19 @@ _STATES = {
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-def generation_request(message: generation_pb2.GenerateRequest) -> GenerationRequest:
+def generation_request(message: generation_pb2.GenerateRequest, config: ServeConfig) -> GenerationRequest:
     """Read a GenerateRequest.
 
     Raises:
         UnsupportedError: it asks for something that does not work yet.
-        InvalidRequestError: it has no prompt, or JSON in it that is none.
+        InvalidRequestError: it has no prompt, a chat beyond the limits of `config`, or JSON in it that is none.
     """
     _refuse_unsupported(message, _UNSUPPORTED)
     output = message.output
     return GenerationRequest(
         request_id=message.request_id,
         model=message.model,
-        prompt=prompt(message.prompt),
+        prompt=prompt(message.prompt, config),
         sampling=_sampling(message.sampling),
         stopping=_stopping(message.stopping),
         text=output.text if output.HasField("text") else True,
@@ -115,11 +118,11 @@ def generation_request(message: generation_pb2.GenerateRequest) -> GenerationReq
     )
 
 
-def tokenize_request(message: generation_pb2.TokenizeRequest) -> tuple[str, Prompt, bool]:
+def tokenize_request(message: generation_pb2.TokenizeRequest, config: ServeConfig) -> tuple[str, Prompt, bool]:
     """Model name, prompt, whether to add special tokens. Raises as `generation_request`."""
     _refuse_unsupported(message, _UNSUPPORTED_IN_TOKENIZE)
     add_special_tokens = message.add_special_tokens if message.HasField("add_special_tokens") else True
-    return message.model, prompt(message.prompt), add_special_tokens
+    return message.model, prompt(message.prompt, config), add_special_tokens
 
 
 def detokenize_request(message: generation_pb2.DetokenizeRequest) -> tuple[str, np.ndarray, bool]:
@@ -127,15 +130,35 @@ def detokenize_request(message: generation_pb2.DetokenizeRequest) -> tuple[str, 
     return message.model, np.array(message.token_ids, dtype=np.int64), message.skip_special_tokens
 
 
-def prompt(message: common_pb2.Prompt) -> Prompt:
+def prompt(message: common_pb2.Prompt, config: ServeConfig) -> Prompt:
     kind = message.WhichOneof("kind")
     if kind == "text":
         return TextPrompt(message.text)
     if kind == "token_ids":
         return TokenPrompt(np.array(message.token_ids.ids, dtype=np.int64))
     if kind == "chat":
+        _check_size(message.chat, config)
         return _chat(message.chat)
     raise InvalidRequestError([Violation("prompt", "is missing: give text, token_ids or chat")])
+
+
+def _check_size(chat: common_pb2.Chat, config: ServeConfig) -> None:
+    found: list[Violation] = []
+    most = config.max_chat_messages
+    if len(chat.messages) > most:
+        found.append(Violation("prompt.chat.messages", f"has more than {most} messages"))
+    elif sum(len(message.tool_calls) for message in chat.messages) > most:
+        found.append(Violation("prompt.chat.messages", f"has more than {most} tool calls"))
+    if len(chat.tools) > most:
+        found.append(Violation("prompt.chat.tools", f"has more than {most} tools"))
+    arguments = chat.template_arguments
+    if len(arguments.fields) > MAX_TEMPLATE_ARGUMENTS or arguments.ByteSize() > MAX_TEMPLATE_ARGUMENTS_BYTES:
+        allowed = f"{MAX_TEMPLATE_ARGUMENTS} entries or {MAX_TEMPLATE_ARGUMENTS_BYTES} bytes"
+        found.append(Violation("prompt.chat.template_arguments", f"has more than {allowed}"))
+    if chat.ByteSize() > config.max_prompt_bytes:
+        found.append(Violation("prompt.chat", f"has more than {config.max_prompt_bytes} bytes"))
+    if found:
+        raise InvalidRequestError(found)
 
 
 def _chat(message: common_pb2.Chat) -> ChatPrompt:

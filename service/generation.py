@@ -15,6 +15,7 @@ import grpc
 from lightqwen.v1 import generation_pb2
 from service import convert
 from service.admission import BYTES_PER_TOKEN, Admission, Ticket
+from service.config import ServeConfig
 from service.detokenizing import Detokenizer
 from service.errors import (
     DeadlineError,
@@ -49,6 +50,7 @@ class GenerationServicer:
     def __init__(
         self,
         *,
+        config: ServeConfig,
         engine: EngineClient,
         rules: Rules,
         codec: TextCodec | None,
@@ -58,6 +60,7 @@ class GenerationServicer:
         identify: Callable[[Context], str] = lambda context: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._config = config
         self._engine = engine
         self._rules = rules
         self._codec = codec
@@ -69,7 +72,7 @@ class GenerationServicer:
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:
         arrived = self._clock()
-        request = convert.generation_request(message)
+        request = convert.generation_request(message, self._config)
         self._rules.check(request)
         request = dataclasses.replace(request, tenant=self._identify(context))
         _refuse_expired(context)
@@ -86,7 +89,7 @@ class GenerationServicer:
     async def Tokenize(
         self, message: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
-        model, prompt, add_special_tokens = convert.tokenize_request(message)
+        model, prompt, add_special_tokens = convert.tokenize_request(message, self._config)
         self._rules.check_model(model)
         self._rules.check_prompt(prompt)
         return convert.tokenize_response(await self._encode(prompt, add_special_tokens=add_special_tokens))

@@ -252,6 +252,7 @@ class Gateway:
     def _register(self, server: grpc.aio.Server) -> None:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(
+                config=self._config,
                 engine=self._engine,
                 rules=self._rules,
                 codec=self._codec,

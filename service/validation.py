@@ -37,7 +37,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CACHE_SALT = re.compile(r"[ -~]{1,128}")
 TEMPLATE_ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 RESERVED_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "enable_thinking", "documents"})
-MAX_TEMPLATE_ARGUMENTS = 32
+BYTES_PER_ID = 4
 
 _NEUTRAL = SamplingParams()
 
@@ -128,7 +128,7 @@ class Rules:
         self._check_prompt_tokenizer(prompt)
 
     def check_ids(self, ids: np.ndarray, field: str) -> None:
-        """Refuse ids outside the vocabulary, and more of them than a prompt of `max_prompt_bytes` could have."""
+        """Refuse ids outside the vocabulary, and more of them than `max_prompt_bytes` can hold."""
         if found := self._check_ids(ids, field):
             raise InvalidRequestError(found)
 
@@ -208,12 +208,6 @@ class Rules:
         found: list[Violation] = []
         if not chat.messages:
             found.append(Violation("prompt.chat.messages", "is empty"))
-        if len(chat.messages) > self._config.max_chat_messages:
-            found.append(Violation("prompt.chat.messages", f"has more than {self._config.max_chat_messages} messages"))
-        if chat.num_bytes > self._config.max_prompt_bytes:
-            found.append(Violation("prompt.chat", f"has more than {self._config.max_prompt_bytes} bytes"))
-        if len(chat.template_arguments) > MAX_TEMPLATE_ARGUMENTS:
-            found.append(Violation("prompt.chat.template_arguments", f"has more than {MAX_TEMPLATE_ARGUMENTS} entries"))
         for name in chat.template_arguments:
             if name in RESERVED_TEMPLATE_ARGUMENTS or not TEMPLATE_ARGUMENT.fullmatch(name):
                 found.append(
@@ -231,6 +225,9 @@ class Rules:
     def _check_ids(self, ids: np.ndarray, field: str) -> list[Violation]:
         if len(ids) == 0:
             return [Violation(field, "is empty")]
+        most = self._config.max_prompt_bytes // BYTES_PER_ID
+        if len(ids) > most:
+            return [Violation(field, f"has {len(ids)} ids, at most {most} are taken")]
         wrong = np.flatnonzero(ids >= self._card.vocab_size)
         if len(wrong):
             where = int(wrong[0])
@@ -268,16 +265,16 @@ class Rules:
         return found
 
     def _check_stop_ids(self, stopping: Stopping) -> list[Violation]:
-        found = [
+        eos_ids = () if stopping.ignore_eos else self._card.eos_ids
+        allowed = MAX_STOP_IDS - len(eos_ids)
+        given = len(stopping.stop_token_ids)
+        if given > MAX_STOP_IDS or len({*stopping.stop_token_ids, *eos_ids}) > MAX_STOP_IDS:
+            return [Violation("stopping.stop_token_ids", f"has {given} ids, at most {allowed} are taken")]
+        return [
             Violation(f"stopping.stop_token_ids[{i}]", f"{token} is outside the vocabulary of {self._card.vocab_size}")
-            for i, token in enumerate(stopping.stop_token_ids[: MAX_STOP_IDS + 1])
+            for i, token in enumerate(stopping.stop_token_ids)
             if token >= self._card.vocab_size
         ]
-        eos_ids = () if stopping.ignore_eos else self._card.eos_ids
-        if len({*stopping.stop_token_ids, *eos_ids}) > MAX_STOP_IDS:
-            allowed = MAX_STOP_IDS - len(eos_ids)
-            found.append(Violation("stopping.stop_token_ids", f"has more than {allowed} different ids"))
-        return found
 
     def _check_tokenizer(self, request: GenerationRequest) -> None:
         self._check_prompt_tokenizer(request.prompt)

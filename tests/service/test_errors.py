@@ -116,6 +116,7 @@ INVALID = {
     "stop many": (request(stopping={"stop": [str(i) for i in range(17)]}), "stopping.stop"),
     "stop id": (request(stopping={"stop_token_ids": [1, VOCAB_SIZE]}), "stopping.stop_token_ids[1]"),
     "stop ids many": (request(stopping={"stop_token_ids": range(200, 300)}), "stopping.stop_token_ids"),
+    "stop ids many of one": (request(stopping={"stop_token_ids": [1] * 100}), "stopping.stop_token_ids"),
     "request id": (request(request_id="a\nb"), "request_id"),
     "request id long": (request(request_id="a" * 129), "request_id"),
     "salt": (request(cache={"cache_salt": "ż"}), "cache.cache_salt"),
@@ -225,6 +226,12 @@ async def test_a_prompt_of_too_many_bytes_is_refused_before_it_is_tokenized(serv
         assert failed.fields == ["prompt.text"]
         failed = await failure(served.generation.Generate(request(chat(messages=[USER] * 3))))
         assert failed.fields == ["prompt.chat.messages", "prompt.chat"]
+        failed = await failure(served.generation.Generate(request(ids(1, 2, 3))))
+        assert failed.fields == ["prompt.token_ids.ids"]
+        failed = await failure(
+            served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[VOCAB_SIZE] * 3))
+        )
+        assert failed.fields == ["token_ids"]
 
 
 async def test_a_message_over_the_limit_is_refused(serve: Serve) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightqwen.v1 import generation_pb2
+from lightqwen.v1.common_pb2 import Chat, ChatMessage, Tool, ToolCall
 from service import convert
 from service.checkpoint import ModelCard
 from service.config import ServeConfig
-from service.errors import ServeError, to_status
+from service.errors import InvalidRequestError, ServeError, to_status
 from service.requests import ResolvedRequest, Sampling, TokenPrompt
 from service.validation import Rules
 from worker.config import ConfigError
@@ -50,9 +52,11 @@ TAME = {
 TYPES = {1: "double", 3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 12: "bytes", 13: "uint32"}
 
 
+CONFIG = ServeConfig(max_prompt_bytes=200, max_chat_messages=3)
+
+
 def rules(card: ModelCard = CARD) -> Rules:
-    config = ServeConfig(max_prompt_bytes=200, max_chat_messages=3)
-    return Rules(config, card, has_tokenizer=True, has_chat_template=True, draw_seed=lambda: 7)
+    return Rules(CONFIG, card, has_tokenizer=True, has_chat_template=True, draw_seed=lambda: 7)
 
 
 @st.composite
@@ -102,7 +106,7 @@ def drop_unsupported(message: Any) -> None:
 def resolve(message: generation_pb2.GenerateRequest, prompt_tokens: int) -> ResolvedRequest | ServeError:
     """What Generate does with a message before it goes to the engine; a text counts as so many tokens."""
     try:
-        request = convert.generation_request(message)
+        request = convert.generation_request(message, CONFIG)
         rules().check(request)
         ids = request.prompt.ids if isinstance(request.prompt, TokenPrompt) else range(prompt_tokens)
         return rules().resolve(request, "id", ids, CARD.context_length)
@@ -137,6 +141,28 @@ def test_any_request_is_sound_or_refused_by_name(message: Any, supported: bool, 
     assert sampling.top_k >= 0
     assert sampling.repetition_penalty > 0
     assert 0 <= sampling.seed < 2**64
+
+
+CHAT = {
+    "messages": (Chat(messages=[ChatMessage()] * 500_000), "prompt.chat.messages"),
+    "tool calls": (Chat(messages=[ChatMessage(tool_calls=[ToolCall()] * 500_000)]), "prompt.chat.messages"),
+    "tools": (Chat(messages=[ChatMessage(role=2)], tools=[Tool()] * 500_000), "prompt.chat.tools"),
+    "template arguments": (
+        Chat(messages=[ChatMessage(role=2)], template_arguments={"a": [0.5] * 200_000}),
+        "prompt.chat.template_arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize(("chat", "field"), CHAT.values(), ids=CHAT.keys())
+def test_what_has_far_too_many_parts_is_refused_before_they_are_looked_at(chat: Chat, field: str) -> None:
+    """The event loop does it: a second spent here is a second in which no stream gets a token."""
+    message = generation_pb2.TokenizeRequest(prompt={"chat": chat})
+    began = time.process_time()
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.tokenize_request(message, ServeConfig())
+    assert time.process_time() - began < 0.1
+    assert [violation.field for violation in caught.value.violations] == [field]
 
 
 def test_the_order_of_defaults() -> None:
