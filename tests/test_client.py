@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,7 @@ class Script:
 
     pieces: tuple[str, ...] = ("Hel", "", "lo")
     refuse: list[status_pb2.Status] = field(default_factory=list)  # one for each call, then it answers
+    before_refusal: Callable[[], object] = lambda: None
     fail_after_pieces: bool = False
     endless: bool = False
     requests: list[Any] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         script.metadata.append(dict(context.invocation_metadata()))
         context.add_callback(script.ended.set)
         if script.refuse:
+            script.before_refusal()
             _abort(context, script.refuse.pop(0))
         yield GenerateResponse(started=Started(request_id="r1", prompt_tokens=3))
         for piece in script.pieces:
@@ -114,15 +116,21 @@ def script() -> Script:
 
 
 @pytest.fixture
-def target(script: Script) -> Iterator[str]:
+def server(script: Script) -> Iterator[tuple[grpc.Server, str]]:
+    """A server, and its address."""
     server = grpc.server(ThreadPoolExecutor(4))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(Generation(script), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(Model(), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield f"127.0.0.1:{port}"
+    yield server, f"127.0.0.1:{port}"
     server.stop(0).wait(5)
+
+
+@pytest.fixture
+def target(server: tuple[grpc.Server, str]) -> str:
+    return server[1]
 
 
 @pytest.fixture
@@ -238,6 +246,27 @@ def test_persistent_overload_is_an_error_with_reason_and_delay(client: Client, s
     assert caught.value.retry_delay_s == pytest.approx(1.5)
     assert str(caught.value) == "RESOURCE_EXHAUSTED: queue full"
     assert len(script.requests) == 4
+
+
+def test_a_server_that_goes_away_after_it_refused_is_an_error(
+    server: tuple[grpc.Server, str], client: Client, script: Script
+) -> None:
+    """It drains: refuses, says when to try again, and is gone by then."""
+    caught: list[LightqwenError] = []
+
+    def ask() -> None:
+        try:
+            client.generate("Hi", timeout=5).text()
+        except LightqwenError as error:
+            caught.append(error)
+
+    script.refuse = [_status(code_pb2.UNAVAILABLE, "draining")] * 10
+    script.before_refusal = lambda: server[0].stop(1)
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(10)
+    assert not asking.is_alive(), "it waits for ever"
+    assert caught[0].code is grpc.StatusCode.UNAVAILABLE
 
 
 def test_invalid_request_names_the_field_and_is_not_tried_again(client: Client, script: Script) -> None:

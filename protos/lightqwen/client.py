@@ -19,6 +19,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 import grpc
 import grpc.aio
+import grpc.experimental
 
 from lightqwen.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from lightqwen.v1.common_pb2 import Chat, ChatMessage, FinishReason, Prompt, Role, TokenIds
@@ -83,6 +84,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 32 * 1024 * 1024),
+    # Without it a blocking stream whose server is gone by the time of a retry waits for ever, whatever its deadline.
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 )
 """Recommended options of a channel to a lightqwen server."""
 

@@ -129,22 +129,23 @@ async def test_reflection_tells_the_contract_unless_it_is_off(served: Served, se
 
 async def test_draining_withdraws_then_refuses_then_waits_for_what_runs(serve: Serve, leader: FakeLeader) -> None:
     leader.step_s = 0.01
-    async with serve(withdrawal_s=0.3) as served:
+    async with serve(withdrawal_s=1.0) as served:
         running = [
-            asyncio.create_task(collect(served.generation.Generate(generate_request(ids(n), max_tokens=100))))
+            asyncio.create_task(collect(served.generation.Generate(generate_request(ids(n), max_tokens=200))))
             for n in range(20)
         ]
         await eventually(lambda: len(leader.running) == 20)
+        watch = health_of(served.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
         served.gateway.end_gracefully()
-        await asyncio.sleep(0.05)
-        assert await check(served.channel) == NOT_SERVING
+        assert (await watch.read()).status == NOT_SERVING
         late = await collect(served.generation.Generate(generate_request(ids(7), max_tokens=2)))
         assert len(late.ids) == 2
-        await asyncio.sleep(0.35)
+        await eventually(lambda: served.gateway._admission.draining)
         failed = await failure(served.generation.Generate(generate_request(ids(1))))
         assert (failed.code, failed.info.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         for n, got in enumerate(await asyncio.gather(*running)):
-            assert got.ids == [count_up([n], i) for i in range(100)]
+            assert got.ids == [count_up([n], i) for i in range(200)]
         assert await asyncio.wait_for(served.running, 5) == 0
         assert leader.goodbyes == 1
 
