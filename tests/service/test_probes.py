@@ -92,6 +92,7 @@ def test_without_a_port_nothing_listens(vitals: Vitals) -> None:
 # ---- with a whole server behind it -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_probes_are_answered_from_the_start_under_a_stuck_gateway_and_while_it_drains() -> None:
