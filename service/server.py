@@ -69,6 +69,9 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", config.max_receive_message_bytes),
+        # Refusing is ours: the core would cancel calls, at random and probes too, from 1000 on that wait to be taken up.
+        ("grpc.server.max_pending_requests", 2**20),
+        ("grpc.server.max_pending_requests_hard_limit", 2**20),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),

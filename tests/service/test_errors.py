@@ -279,6 +279,19 @@ async def test_overload_is_refused_with_a_hint_and_the_queue_empties(serve: Serv
         await collect(served.generation.Generate(generate_request(ids(1))))
 
 
+async def test_a_burst_beyond_all_limits_is_refused_readably(serve: Serve) -> None:
+    """gRPC on its own would cancel some of what comes faster than it is taken up, at random and without a reason."""
+    async with serve(max_queued_requests=8) as served:
+        served.leader.hold = True
+        burst = [asyncio.create_task(failure(served.generation.Generate(request()))) for _ in range(2500)]
+        await eventually(lambda: sum(task.done() for task in burst) == 2500 - 8, 20)
+        reasons = {task.result().info.reason for task in burst if task.done()}
+        assert reasons == {"QUEUE_FULL"}
+        for task in burst:
+            task.cancel()
+        await asyncio.gather(*burst, return_exceptions=True)
+
+
 async def test_prompt_tokens_that_wait_are_limited_too(serve: Serve) -> None:
     async with serve(max_queued_tokens=100) as served:
         served.leader.hold = True
