@@ -69,7 +69,7 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", config.max_receive_message_bytes),
-        # Refusing is ours: the core would cancel calls, at random and probes too, from 1000 on that wait to be taken up.
+        # Refusing is ours: the core would cancel calls at random, probes too, while 1000 of them wait to be taken up.
         ("grpc.server.max_pending_requests", 2**20),
         ("grpc.server.max_pending_requests_hard_limit", 2**20),
         ("grpc.keepalive_time_ms", 60_000),
