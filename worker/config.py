@@ -16,7 +16,7 @@ class ConfigError(Exception):
 
 
 class EngineConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     model: str = ""
     """Folder of a Qwen3 checkpoint in Hugging Face format, or a hub id such as Qwen/Qwen3-0.6B. Empty: the demo's."""

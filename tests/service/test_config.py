@@ -59,6 +59,7 @@ def test_an_option_of_the_engine_is_a_flag_too() -> None:
         (["--tls-key", "a"], ["--tls-key: needs --tls-cert"]),
         (["--tls-client-ca", "a"], ["--tls-client-ca: needs --tls-cert and --tls-key"]),
         (["--config", "/no/such/file"], ["--config: cannot read /no/such/file: No such file or directory"]),
+        (["--drain-timeout-s", "inf"], ["--drain-timeout-s: input should be a finite number, got 'inf'"]),
     ],
 )
 def test_every_problem_is_one_readable_line(arguments: list[str], lines: list[str]) -> None:
