@@ -82,6 +82,18 @@ class Child:
             self.serving = message.now
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """Which rank this is, and where the others are."""
+
+    rank: int
+    epoch: int
+    config: EngineConfig
+    gateways: EngineEndpoint | None  # the leader listens there
+    plans: EngineEndpoint  # followers on this node listen there to the leader
+    rendezvous: str | None  # URL of a file that all ranks can open; None: they are on several nodes and meet at node 0
+
+
 class Children:
     """Starts processes and listens to them."""
 
@@ -104,13 +116,11 @@ class Children:
 
         Args:
             gateways: where the leader listens for them; None on nodes that have no leader.
-            rendezvous: see `worker.rank.RankSpec`.
+            rendezvous: see `RankSpec`.
         """
-        import torch.multiprocessing  # here, so that the gateway's process starts meanwhile
-
-        from worker.rank import RankSpec
-
-        context = torch.multiprocessing.get_context("spawn")
+        # Python's own: torch.multiprocessing adds ways to hand tensors over, which nobody wants here, and for which the
+        # supervisor would have to wait for torch and hold it in memory.
+        context = multiprocessing.get_context("spawn")
         plans = private_endpoint("plans")
         ranks = []
         for rank in config.local_ranks:
@@ -237,13 +247,11 @@ def _gateway_main(
     gateway(endpoint, connection)
 
 
-def _rank_main(parent: int, set_up_logging: SetUpLogging, connection: Connection, spec: object) -> None:
-    from worker.rank import RankSpec, run_rank
-
+def _rank_main(parent: int, set_up_logging: SetUpLogging, connection: Connection, spec: RankSpec) -> None:
     _settle(parent)
     set_up_logging()
-    if not isinstance(spec, RankSpec):
-        raise TypeError(f"a rank needs a RankSpec, got {type(spec).__name__}")
+    from worker.rank import run_rank
+
     sys.exit(run_rank(spec, ChildEnd(connection)))
 
 

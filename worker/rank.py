@@ -11,7 +11,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +22,7 @@ from model.errors import ModelError
 from model.parallel import TensorParallel
 from worker import rendezvous
 from worker.channel import GatewayChannel, PlanReceiver, PlanSender
-from worker.client import EngineEndpoint
+from worker.children import RankSpec
 from worker.config import ConfigError, EngineConfig
 from worker.control import ChildEnd, Fatal, Heartbeat, Progress, Up
 from worker.follower import Follower
@@ -42,18 +41,6 @@ _TOO_LITTLE_MEMORY = (
     "the GPU's memory does not hold the weights and one step; raise tensor_parallel_size, lower max_batched_tokens or "
     "max_running, or end what else uses the GPU"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankSpec:
-    """Which rank this is, and where the others are."""
-
-    rank: int
-    epoch: int
-    config: EngineConfig
-    gateways: EngineEndpoint | None  # the leader listens there
-    plans: EngineEndpoint  # followers on this node listen there to the leader
-    rendezvous: str | None  # URL of a file that all ranks can open; None: several nodes, which meet at node 0's store
 
 
 def run_rank(spec: RankSpec, control: ChildEnd) -> int:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from worker.channel import private_endpoint
+from worker.children import RankSpec
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, SupervisorEnd
-from worker.rank import RankSpec, run_rank
+from worker.rank import run_rank
 
 
 def reason_of(config: EngineConfig) -> str:
