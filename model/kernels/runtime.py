@@ -7,6 +7,7 @@ function that nothing calls.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-__all__ = ["jit", "jit_once", "tl", "triton", "use_triton"]
+__all__ = ["is_hopper", "jit", "jit_once", "tl", "triton", "use_triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -52,3 +53,9 @@ def use_triton(x: torch.Tensor) -> bool:
             "running on CUDA needs the package triton, which is not installed; install it or use --device cpu"
         )
     return x.is_cuda
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Tell whether `device` is a GPU of the generation (compute capability 9) that the project measures on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -1,0 +1,398 @@
+"""Which tiling of the fused linear kernels is fastest on this GPU: `python -m bench.small_linear --json out.json`.
+
+For every linear layer of the chosen models and 1 to 16 rows, each tiling is timed against what it replaces: cuBLAS and
+the separate norm and SiLU kernels. As in `bench.kernels`, launches over rotated weights that exceed the L2 cache are
+captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
+dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
+each other. What comes out are the entries of `model/kernels/tilings.py`. On an H100 or H200 with 16 cores it should
+take one to two minutes, half of them for compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from bench.shapes import write_config
+from model.kernels.activation import silu_and_mul
+from model.kernels.norm import add_rms_norm, rms_norm
+from model.kernels.small_linear import Tiling, small_linear_triton
+
+ROW_CLASSES = (1, 2, 4, 8, 16)
+"""Numbers of rows that are measured; in between, the next one counts, so that a padded batch has the same launch."""
+MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
+ROTATED_BYTES = 160 << 20
+LAUNCHES, REPLAYS = 24, 7
+EPS = 1e-6
+DTYPE = torch.bfloat16
+MAX_ERROR = 2e-2
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One linear layer of one model, and what stands around it."""
+
+    model: str
+    name: str
+    n: int
+    k: int
+    norm: bool = False
+    gated: bool = False
+    residual: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.n * self.k
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to launch a layer; where `norm` is False, a norm comes first as a kernel of its own."""
+
+    tiling: Tiling
+    norm: bool
+    pdl: bool = True
+
+    def __str__(self) -> str:
+        tiling = self.tiling
+        text = f"{tiling.form}{tiling.rows} {tiling.block_n}x{tiling.block_k} w{tiling.warps}"
+        if tiling.form == "dot":
+            text += f" s{tiling.stages} /{tiling.splits}"
+        return text + (" prefetch" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
+
+
+def layers_of(model: str, folder: Path) -> list[Layer]:
+    size, _, ranks = model.partition("/")
+    tp = int(ranks or 1)
+    config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
+    hidden, inter = config["hidden_size"], config["intermediate_size"] // tp
+    q_dim = config["num_attention_heads"] * config["head_dim"] // tp
+    kv_dim = config["num_key_value_heads"] * config["head_dim"] // tp
+    alone = tp == 1  # with several ranks, an all-reduce comes between a projection and the residual and norm after it
+    return [
+        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, norm=alone),
+        Layer(model, "o", hidden, q_dim, residual=alone),
+        Layer(model, "gate_up", 2 * inter, hidden, norm=alone, gated=True),
+        Layer(model, "down", hidden, inter, residual=alone),
+        Layer(model, "lm_head", config["vocab_size"] // tp, hidden),
+    ]
+
+
+def variants_for(layer: Layer, rows: int) -> Iterator[Variant]:
+    """Yield what is worth trying: enough programs to fill the GPU, tiles no wider than the layer."""
+    if rows <= 4:
+        for warps, blocks in ((2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
+            for block_n in blocks:
+                fills = layer.n // block_n >= 120 and 256 * warps < 2 * layer.k
+                fits = block_n <= (16, 8, 8)[rows // 2] and not (warps == 2 and block_n * rows > 16)
+                if fills and fits and not (warps == 2 and layer.k > 3072) and not (warps == 16 and layer.k < 3072):
+                    yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps), layer.norm)
+    if rows >= 4:
+        for block_n, block_k, warps, stages in (
+            (16, 256, 1, 4),
+            (32, 256, 2, 4),
+            (64, 128, 4, 4),
+            (64, 256, 4, 3),
+            (128, 128, 8, 4),
+        ):
+            tiles = -(-layer.n // block_n)
+            for splits in (1, 2, 4, 8):
+                fills = 100 <= tiles * splits <= 600 or (splits == 1 and tiles > 600)
+                if not fills or (splits > 1 and tiles > 300) or block_k * splits * 2 > layer.k:
+                    continue
+                for width in {8 if rows <= 8 else 16, 16 if block_n >= 64 else 8 if rows <= 8 else 16}:
+                    tiling = Tiling("dot", width, block_n, block_k, warps, splits, stages)
+                    yield Variant(tiling, layer.norm)
+                    if layer.norm and rows >= 8:
+                        yield Variant(tiling, norm=False)
+
+
+class Inputs:
+    """A layer's weights, in several sets, and activations of up to 16 rows."""
+
+    def __init__(self, layer: Layer, sets: int | None = None) -> None:
+        self.layer = layer
+        sets = sets or max(1, -(-ROTATED_BYTES // layer.num_bytes))
+        rows, width = max(ROW_CLASSES), layer.n // 2 if layer.gated else layer.n
+
+        def draw(*shape: int, std: float = 1.0) -> torch.Tensor:
+            return torch.empty(shape, dtype=DTYPE, device="cuda").normal_(std=std)
+
+        self.weights = [draw(layer.n, layer.k, std=0.02) for _ in range(sets)]
+        self.x, self._pending, self._residual = draw(rows, layer.k), draw(rows, layer.k), draw(rows, width)
+        self._norm = draw(layer.k)
+
+    def launch(self, weight: torch.Tensor, rows: int, variant: Variant) -> torch.Tensor:
+        layer, x = self.layer, self.x[:rows]
+        if layer.norm and not variant.norm:
+            x = rms_norm(x, self._norm, EPS)
+        return small_linear_triton(
+            x,
+            weight,
+            norm=self._norm if variant.norm else None,
+            eps=EPS,
+            gated=layer.gated,
+            residual=self._residual[:rows] if layer.residual else None,
+            tiling=variant.tiling,
+            pdl=variant.pdl,
+        )
+
+    def launch_separately(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
+        """What a layer launches without the fused kernels, where the norm adds the residual."""
+        x = self.x[:rows]
+        if self.layer.norm:
+            x, _ = add_rms_norm(x, self._pending[:rows], self._norm, EPS)
+        out = F.linear(x, weight)
+        return silu_and_mul(out) if self.layer.gated else out
+
+    def error(self, rows: int, variant: Variant) -> float:
+        """Return the relative difference between a launch and the same in float32, over some of the features."""
+        weight, layer = self.weights[0], self.layer
+        x = self.x[:rows].float()
+        if layer.norm:
+            x = self._norm * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
+        features = layer.n // 2 if layer.gated else layer.n
+        picked = torch.arange(features, device="cuda")[:: max(1, features // 1024)]
+        expected = x @ weight[picked].float().T
+        if layer.gated:
+            expected = F.silu(expected) * (x @ weight[features + picked].float().T)
+        if layer.residual:
+            expected = expected + self._residual[:rows, picked]
+        out = self.launch(weight, rows, variant)[:, picked].float()
+        return float((out - expected).norm() / expected.norm())
+
+    def time(self, call: Callable[[torch.Tensor], object]) -> float:
+        """Return the microseconds of `call`, made for each of the weights in turn."""
+        sets = len(self.weights)
+        launches = -(-max(8, min(LAUNCHES, (4 << 30) // self.layer.num_bytes)) // sets) * sets
+        return time_calls([lambda weight=weight: call(weight) for weight in self.weights], launches)
+
+    def time_variant(self, rows: int, variant: Variant) -> float:
+        """Return the microseconds of a launch; infinity, and a line of output, where it fails or is wrong."""
+        try:
+            error = self.error(rows, variant)
+            if error < MAX_ERROR:  # which NaN is not
+                return self.time(lambda weight: self.launch(weight, rows, variant))
+            problem = f"wrong by {error:.3g}"
+        except Exception as error:  # reported, and the others go on
+            problem = f"{type(error).__name__} {error}"[:200]
+        print(f"{self.layer.model} {self.layer.name} rows {rows} {variant}: {problem}", flush=True)
+        return float("inf")
+
+
+def time_calls(calls: Sequence[Call], launches: int) -> float:
+    """Return the median microseconds of one call, in a graph of `launches` that goes round and round `calls`."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in range(launches):
+            calls[launch % len(calls)]()
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairwise(events)) * 1000 / launches
+
+
+Wanted = tuple[Layer, int, Variant]
+
+
+def compile_some(layer: Layer, wanted: list[tuple[int, Variant]]) -> None:
+    """Run in a process of its own: launch each variant once. What fails here fails again, and is told, when timed."""
+    inputs = Inputs(layer, sets=1)
+    for rows, variant in wanted:
+        try:
+            inputs.launch(inputs.weights[0], rows, variant)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"compiling {layer.name} {variant}: {type(error).__name__}", flush=True)
+
+
+def compile_all(wanted: Iterable[Wanted]) -> None:
+    """Fill Triton's cache from several processes. Kernels know little of a layer, so most serve several."""
+    kernels: dict[tuple[object, ...], Wanted] = {}
+    for layer, rows, variant in wanted:
+        tiling = variant.tiling
+        even = (layer.n % tiling.block_n == 0, layer.k % (tiling.block_k * tiling.splits) == 0)
+        key = (variant, *even, layer.gated, layer.residual, layer.k <= tiling.block_k)
+        kernels.setdefault(key, (layer, rows, variant))
+    chunks: dict[tuple[Layer, int], list[tuple[int, Variant]]] = {}
+    for index, (layer, rows, variant) in enumerate(kernels.values()):
+        chunks.setdefault((layer, index % 4), []).append((rows, variant))
+    print(f"compiling {len(kernels)} kernels", flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_some, [layer for layer, _ in chunks], chunks.values()))
+
+
+@dataclass(slots=True)
+class Result:
+    """One layer and number of rows; times in microseconds."""
+
+    layer: Layer
+    rows: int
+    cublas: float
+    separate: float
+    times: dict[Variant, float]
+
+    @property
+    def ranked(self) -> list[Variant]:
+        return sorted(self.times, key=self.times.__getitem__)
+
+    @property
+    def best(self) -> Variant:
+        return next(variant for variant in self.ranked if variant.pdl)
+
+    def further(self) -> list[Variant]:
+        """The best one in other ways: without PDL, and with a part of each weight row prefetched."""
+        tiling = self.best.tiling
+        prefetched = replace(tiling, prefetch=min(1024, triton.next_power_of_2(self.layer.k // tiling.splits)))
+        return [replace(self.best, pdl=False), replace(self.best, tiling=prefetched)]
+
+    def entry(self) -> str:
+        """The line of the table, as a comment where separate kernels are faster."""
+        best, layer = self.best, self.layer
+        us, tiling = self.times[best], best.tiling
+        fused = ", ".join(
+            [f"{part}=True" for part in ("norm", "gated") if getattr(best if part == "norm" else layer, part)]
+        )
+        work = f"Work({self.rows}, {layer.n}, {layer.k}{', ' if fused else ''}{fused})"
+        numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages]
+        arguments = ", ".join(map(str, [*numbers, tiling.prefetch]))
+        mark = "" if us < 0.98 * self.separate else "# "
+        return f'{mark}{work}: Tiling("{tiling.form}", {arguments}),  # {us:.1f} us, separate {self.separate:.1f}'
+
+    def report(self) -> dict[str, object]:
+        times = {
+            f"{variant}{'' if variant.norm or not self.layer.norm else ' after norm'}": self.times[variant]
+            for variant in self.ranked
+        }
+        return {**asdict(self.layer), "rows": self.rows, "cublas": self.cublas, "separate": self.separate, "us": times}
+
+
+def sweep(inputs: Inputs, rows: int) -> Result:
+    """Time every variant of one layer and number of rows."""
+    return Result(
+        layer=inputs.layer,
+        rows=rows,
+        cublas=inputs.time(lambda weight: F.linear(inputs.x[:rows], weight)),
+        separate=inputs.time(lambda weight: inputs.launch_separately(weight, rows)),
+        times={variant: inputs.time_variant(rows, variant) for variant in variants_for(inputs.layer, rows)},
+    )
+
+
+def time_chain(layers: Sequence[Layer], best: dict[str, Variant], rows: int) -> str:
+    """Time decoder layers in a row; a copy of the queries stands for attention, which is no dependent launch."""
+    per_layer = sum(layer.num_bytes for layer in layers)
+    count = max(4, -(-2 * ROTATED_BYTES // per_layer))
+    weights = [[Inputs(layer, sets=1).weights[0] for layer in layers] for _ in range(count)]
+    hidden_size, q_dim = layers[0].k, layers[1].k
+    norm = torch.ones(hidden_size, dtype=DTYPE, device="cuda")
+    x = torch.randn(rows, hidden_size, dtype=DTYPE, device="cuda")
+
+    def separate() -> None:
+        hidden, residual = x, x
+        for qkv, o, gate_up, down in weights:
+            hidden, residual = add_rms_norm(hidden, residual, norm, EPS)
+            hidden = F.linear(F.linear(hidden, qkv)[:, :q_dim].clone(), o)
+            hidden, residual = add_rms_norm(hidden, residual, norm, EPS)
+            hidden = F.linear(silu_and_mul(F.linear(hidden, gate_up)), down)
+
+    def fused(*, pdl: bool) -> None:
+        def after_norm(hidden: torch.Tensor, weight: torch.Tensor, name: str, *, gated: bool) -> torch.Tensor:
+            inside, tiling = best[name].norm, best[name].tiling
+            x = hidden if inside else rms_norm(hidden, norm, EPS)
+            return small_linear_triton(
+                x, weight, norm=norm if inside else None, eps=EPS, gated=gated, tiling=tiling, pdl=pdl
+            )
+
+        hidden = x
+        for qkv, o, gate_up, down in weights:
+            queries = after_norm(hidden, qkv, "qkv", gated=False)[:, :q_dim].clone()
+            hidden = small_linear_triton(queries, o, residual=hidden, tiling=best["o"].tiling, pdl=pdl)
+            activated = after_norm(hidden, gate_up, "gate_up", gated=True)
+            hidden = small_linear_triton(activated, down, residual=hidden, tiling=best["down"].tiling, pdl=pdl)
+
+    times = [time_calls([call], 1) / count for call in (separate, lambda: fused(pdl=False), lambda: fused(pdl=True))]
+    return (
+        f"# {layers[0].model} rows {rows}: a layer takes {times[0]:.1f} us separate, {times[1]:.1f} fused, "
+        f"{times[2]:.1f} fused with PDL ({per_layer / times[2] / 1e6:.2f} TB/s)"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(MODELS), help="size, or size/ranks (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROW_CLASSES), choices=ROW_CLASSES)
+    parser.add_argument("--seconds", type=float, default=75.0, help="begin no more layers after this (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.small_linear: no CUDA device", file=sys.stderr)
+        return 1
+    began = time.monotonic()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        layers = [layer for model in arguments.model for layer in layers_of(model, Path(folder))]
+    compile_all(
+        (layer, rows, variant) for layer in layers for rows in arguments.rows for variant in variants_for(layer, rows)
+    )
+    results: list[Result] = []
+    for layer in layers:
+        if time.monotonic() - began > arguments.seconds:
+            print(f"out of time before {layer.model} {layer.name}")
+            break
+        inputs = Inputs(layer)
+        results += [sweep(inputs, rows) for rows in arguments.rows]
+        print(f"{layer.model} {layer.name} done after {time.monotonic() - began:.0f} s", flush=True)
+        torch.cuda.empty_cache()
+    compile_all((result.layer, result.rows, variant) for result in results for variant in result.further())
+    for layer in layers:
+        inputs = Inputs(layer)
+        for result in (result for result in results if result.layer == layer):
+            result.times |= {variant: inputs.time_variant(result.rows, variant) for variant in result.further()}
+        torch.cuda.empty_cache()
+    if arguments.json:
+        report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        report["results"] = [result.report() for result in results]
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, after {time.monotonic() - began:.0f} s")
+    for result in results:
+        print(result.entry())
+    for model in arguments.model:
+        chained = [layer for layer in layers if layer.model == model and layer.name != "lm_head"]
+        for rows in arguments.rows:
+            best = {
+                result.layer.name: result.best
+                for result in results
+                if (result.layer.model, result.rows) == (model, rows)
+            }
+            if chained[0].norm and len(best) >= len(chained):
+                print(time_chain(chained, best, rows), flush=True)
+                torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
