@@ -4,8 +4,8 @@ For every linear layer of the chosen models and 1 to 16 rows, each tiling is tim
 the separate norm and SiLU kernels. As in `bench.kernels`, launches over rotated weights that exceed the L2 cache are
 captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
 dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
-each other. What comes out are the entries of `model/kernels/tilings.py`. On an H100 or H200 with 16 cores it should
-take one to two minutes, half of them for compiling.
+each other. What comes out are entries of a table from (rows, n, k, what is fused) to a tiling. On an H100 or H200 with
+16 cores it should take one to two minutes, half of them for compiling.
 """
 
 from __future__ import annotations
