@@ -39,7 +39,7 @@ class Member:
         self._on_ready = on_ready
         self._vitals = vitals
         self._began = time.monotonic()
-        import worker.rank  # noqa: F401  # now: later it would make the line fall silent
+        import torch.distributed  # noqa: F401  # before the time to join in runs, of which it would take seconds
 
         self._line = MemberLine(config)
         self._ranks = Ranks([])

@@ -135,7 +135,8 @@ class _Supervisor:
             self._end_all()
 
     def _open_line(self) -> LeaderLine:
-        import worker.rank  # noqa: F401  # now, while the gateway starts: later it would make the line fall silent
+        import torch.distributed  # noqa: F401  # before the time to join in runs, of which it would take seconds
+
         from worker.nodes import LeaderLine
 
         return LeaderLine(self._config)
