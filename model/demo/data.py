@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from model.demo.chat import completion, prompt
 from model.demo.skills import SKILLS, Question, TaughtSkill
 from model.demo.skills.question import Message, assistant
-from model.demo.tokenizer import load_tokenizer
+from model.demo.tokenizer import VOCAB_SIZE, load_tokenizer
 
 ROW_LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 DOCUMENTS_PER_SHARD = 2048
@@ -194,7 +194,8 @@ def micro_batches(source: Iterator[Shard], tokens: int) -> Iterator[MicroBatch]:
 
 
 def _micro_batch(rows: list[tuple[np.ndarray, int]], length: int) -> MicroBatch:
-    ids = np.zeros((len(rows), length), dtype=np.int64)
+    # Padding is spread over all ids: the gradient of an embedding adds up rows of one id one after the other.
+    ids = np.arange(len(rows) * length, dtype=np.int64).reshape(len(rows), length) % VOCAB_SIZE
     targets = np.zeros((len(rows), length), dtype=np.int64)
     weights = np.zeros((len(rows), length), dtype=np.float32)
     for row, (document, prompt_size) in enumerate(rows):

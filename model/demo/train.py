@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from math import lcm
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -34,11 +34,12 @@ from model.demo.bundle import (
     write_weights,
 )
 from model.demo.chat import END_OF_TURN
-from model.demo.data import MicroBatch, Shard, micro_batches, shards
-from model.demo.network import Pieces, Shape, generate, initial_weights, loss_sum
+from model.demo.data import ROW_LENGTHS, MicroBatch, Shard, micro_batches, shards
+from model.demo.network import Pieces, Shape, generate, initial_weights
 from model.demo.optimizer import Optimizer
 from model.demo.scoring import MAX_NEW_TOKENS, Score, Task, score, table, tasks, wrong_answers
 from model.demo.tokenizer import added_id, load_tokenizer
+from model.demo.update import RecordedUpdate, Update
 
 WARM_UP, DECAY_FROM = 0.02, 0.5
 """Parts of the training: the learning rate climbs until the one, and falls to nothing from the other on."""
@@ -62,6 +63,7 @@ class Settings:
     workers: int = 0
     device: str = "cpu"
     compiled: bool = False
+    recorded: bool = False  # steps as CUDA graphs
     save_every_s: float = 120.0
     checks: int = 3  # evaluations on the way
     check_questions: int = 24  # of each skill
@@ -105,10 +107,10 @@ class Trainer:
         )
         self.weights = {name: tensor.to(settings.device).requires_grad_() for name, tensor in weights.items()}
         self.optimizer = Optimizer(self.weights)
-        self._pieces = Pieces.compiled() if settings.compiled else Pieces()
         self._state_folder = settings.out / "state"
         if resume:
             self._load()
+        self._update = self._make_update()
         self._began = time.monotonic() - self.progress.elapsed_s
 
     def run(self) -> None:
@@ -137,31 +139,16 @@ class Trainer:
 
     def step(self, batches: Iterator[MicroBatch], rate: float) -> torch.Tensor:
         """One update from some micro-batches; returns the mean loss of a token, by weight, without waiting for it."""
-        device = self.settings.device
         group = list(batches)
         total = sum(float(batch.weights.sum()) for batch in group)
-        loss = torch.zeros((), device=device)
+        self._update.begin()
         for batch in group:
-            ids, targets, token_weights = (
-                _upload(array, device) for array in (batch.ids, batch.targets, batch.weights)
-            )
-            part = loss_sum(
-                self.weights,
-                self.settings.shape,
-                self._pieces,
-                ids,
-                targets,
-                token_weights / total,
-                batch.length,
-                self.settings.dtype,
-            )
-            part.backward()
-            loss += part.detach()
+            self._update.add(batch, total)
             self.progress.tokens += batch.ids.size
-        self.optimizer.step(rate)
+        self._update.finish(rate)
         self.progress.step += 1
         self.progress.micro_batches += len(group)
-        return loss
+        return self._update.loss
 
     def done(self) -> float:
         """The part of the budget that is used up, 0 to 1."""
@@ -182,6 +169,14 @@ class Trainer:
             f"{questions} held-out questions of each skill, in {dtype}, {seconds:.0f} s\n{table(scores)}\n", flush=True
         )
         return scores
+
+    def _make_update(self) -> Update:
+        settings = self.settings
+        pieces = Pieces.compiled() if settings.compiled else Pieces()
+        parts = (self.weights, self.optimizer, settings.shape, pieces, settings.dtype)
+        if not settings.recorded:
+            return Update(*parts)
+        return RecordedUpdate(*parts, settings.micro_batch_tokens, ROW_LENGTHS)
 
     def _stream(self, source: Iterator[Shard]) -> Iterator[MicroBatch]:
         """What has not been trained on yet."""
@@ -281,12 +276,6 @@ def answer(
     return texts
 
 
-def _upload(array: np.ndarray, device: str) -> torch.Tensor:
-    """Copy to the device; to a GPU without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
-
-
 def finish(trainer: Trainer) -> None:
     """Write the checkpoint's files, evaluate what was written, and tell it in the model card."""
     settings, progress = trainer.settings, trainer.progress
@@ -345,8 +334,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make text")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
+    parser.add_argument("--no-graphs", action="store_true", help="do not record steps as CUDA graphs")
     parser.add_argument("--final-questions", type=int, default=200, help="of each skill, at the end (default: 200)")
     arguments = parser.parse_args()
+    recorded = arguments.device == "cuda" and not arguments.no_graphs
+    if recorded and arguments.micro_batch_tokens % lcm(*ROW_LENGTHS):
+        parser.error(f"--micro-batch-tokens must be a multiple of {lcm(*ROW_LENGTHS)}, or take --no-graphs")
     settings = Settings(
         out=arguments.out,
         minutes=arguments.minutes or (0.0 if arguments.steps else 15.0),
@@ -358,14 +351,19 @@ def main() -> int:
         workers=arguments.workers,
         device=arguments.device,
         compiled=arguments.device == "cuda" and not arguments.no_compile,
+        recorded=recorded,
         final_questions=arguments.final_questions,
         start_from=arguments.start_from,
     )
     if settings.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape; flash attention does not
+    began = time.monotonic()
     trainer = Trainer(settings, arguments.resume)
     parameters = sum(tensor.numel() for tensor in trainer.weights.values())
-    print(f"{parameters / 1e6:.2f} M parameters on {device_name(settings.device)}", flush=True)
+    seconds = time.monotonic() - began
+    print(
+        f"{parameters / 1e6:.2f} M parameters on {device_name(settings.device)}, ready in {seconds:.0f} s", flush=True
+    )
     trainer.run()
     finish(trainer)
     return 0
