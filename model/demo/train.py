@@ -287,7 +287,8 @@ def finish(trainer: Trainer) -> None:
             trainer.weights[name].copy_(tensor)
     how = (
         f"Trained on {progress.tokens / 1e6:.0f} million tokens, padding included, in {progress.step} steps and "
-        f"{progress.elapsed_s / 60:.1f} minutes on {device_name(settings.device)}."
+        f"{progress.elapsed_s / 60:.1f} minutes on {device_name(settings.device)}"
+        f"{', beginning with the weights of an earlier training' if settings.start_from else ''}."
     )
     write_model_card(settings.out, settings.shape, "", how)
     scores = trainer.check(settings.final_questions, settings.dtype)
@@ -328,13 +329,14 @@ def main() -> int:
         "--start-from", type=Path, help="a checkpoint's folder to begin with, instead of random weights"
     )
     parser.add_argument("--seed", type=int, default=1, help="of weights and text (default: 1)")
-    parser.add_argument("--rate", type=float, default=5e-3, help="peak learning rate (default: 0.005)")
+    parser.add_argument("--rate", type=float, help="peak learning rate (default: 0.005; 0.003 with --start-from)")
     parser.add_argument("--micro-batch-tokens", type=int, default=49_152, help="of one pass (default: 49152)")
     parser.add_argument("--micro-batches", type=int, default=6, help="of one step (default: 6)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make text")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
     parser.add_argument("--no-graphs", action="store_true", help="do not record steps as CUDA graphs")
+    parser.add_argument("--checks", type=int, default=3, help="evaluations on the way (default: 3)")
     parser.add_argument("--final-questions", type=int, default=200, help="of each skill, at the end (default: 200)")
     arguments = parser.parse_args()
     recorded = arguments.device == "cuda" and not arguments.no_graphs
@@ -345,13 +347,14 @@ def main() -> int:
         minutes=arguments.minutes or (0.0 if arguments.steps else 15.0),
         steps=arguments.steps,
         seed=arguments.seed,
-        rate=arguments.rate,
+        rate=arguments.rate or (3e-3 if arguments.start_from else 5e-3),
         micro_batch_tokens=arguments.micro_batch_tokens,
         micro_batches=arguments.micro_batches,
         workers=arguments.workers,
         device=arguments.device,
         compiled=arguments.device == "cuda" and not arguments.no_compile,
         recorded=recorded,
+        checks=arguments.checks,
         final_questions=arguments.final_questions,
         start_from=arguments.start_from,
     )

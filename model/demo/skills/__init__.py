@@ -27,19 +27,19 @@ class TaughtSkill:
 
 
 SKILLS = (
-    TaughtSkill("arithmetic", arithmetic, 28, 0.95),
-    TaughtSkill("counting", counting, 10, 0.95),
-    TaughtSkill("sorting", sorting, 11, 0.95),
-    TaughtSkill("string edits", string_edits, 15, 0.95),
+    TaughtSkill("arithmetic", arithmetic, 20, 0.95),
+    TaughtSkill("counting", counting, 8, 0.95),
+    TaughtSkill("sorting", sorting, 10, 0.95),
+    TaughtSkill("string edits", string_edits, 16, 0.95),
     TaughtSkill("conversions", conversions, 9, 0.90),
-    TaughtSkill("passage questions", passage_questions, 10, 0.95),
-    TaughtSkill("long passages", long_passages, 2.5, 0.95),
-    TaughtSkill("JSON by schema", json_by_schema, 8, 0.98),
-    TaughtSkill("tool calls", tool_calls, 6, 0.98),
+    TaughtSkill("passage questions", passage_questions, 24, 0.95),
+    TaughtSkill("long passages", long_passages, 4, 0.95),
+    TaughtSkill("JSON by schema", json_by_schema, 6, 0.98),
+    TaughtSkill("tool calls", tool_calls, 8, 0.98),
     TaughtSkill("tool results", tool_results, 4, 0.95),
     TaughtSkill("stories", stories, 2, 0.90),
     TaughtSkill("refusals", refusals, 2, 0.90),
     TaughtSkill("multi-turn", remembering, 2, 0.90),
-    TaughtSkill("multi-turn", follow_up, 2, 0.90),
+    TaughtSkill("multi-turn", follow_up, 3, 0.90),
     TaughtSkill("small talk", small_talk, 1.5, 0.0),
 )
