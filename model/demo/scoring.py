@@ -41,8 +41,16 @@ class Score:
     direct_asked: int
 
     @property
+    def right(self) -> int:
+        return self.thinking_right + self.direct_right
+
+    @property
+    def asked(self) -> int:
+        return self.thinking_asked + self.direct_asked
+
+    @property
     def share(self) -> float:
-        return (self.thinking_right + self.direct_right) / (self.thinking_asked + self.direct_asked)
+        return self.right / self.asked
 
     @property
     def passed(self) -> bool:
