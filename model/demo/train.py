@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from math import lcm
 from pathlib import Path
 
@@ -111,15 +111,18 @@ class Trainer:
         if resume:
             self._load()
         self._update = self._make_update()
-        self._began = time.monotonic() - self.progress.elapsed_s
+        self._began = 0.0  # when, had it never been interrupted
 
     def run(self) -> None:
         """Train until the end of the budget, then write the checkpoint."""
         settings, progress = self.settings, self.progress
-        reported = saved = time.monotonic()
         reported_tokens = progress.tokens
         source = shards(settings.out, settings.seed, settings.workers)
         with closing(source), Prefetched(self._stream(source)) as batches:
+            # The clock runs from the first batch on: a resumed training makes anew what it has seen already.
+            batches = chain([next(batches)], batches)
+            reported = saved = time.monotonic()
+            self._began = reported - progress.elapsed_s
             while (done := self.done()) < 1:
                 loss = self.step(islice(batches, settings.micro_batches), rate_at(done) * settings.rate)
                 now = time.monotonic()
