@@ -54,7 +54,7 @@ def training_question(rng: Random) -> Question:
 
 
 def held_out_questions(skill_name: str, number: int, seed: int) -> list[Question]:
-    """Different questions of one skill that no training ever sees.
+    """Different questions of one skill that no training ever sees, the same ones whatever the skills' shares are.
 
     Raises:
         ValueError: the skill makes too few of them.
@@ -65,7 +65,7 @@ def held_out_questions(skill_name: str, number: int, seed: int) -> list[Question
     for _ in range(1000 * number):
         question = rng.choice(skills).make(rng)
         if is_held_out(question) and question.key not in found:
-            found[question.key] = _in_conversation(rng, question)
+            found[question.key] = _in_conversation(Random(f"{skill_name} {seed} {question.key}"), question)
             if len(found) == number:
                 return list(found.values())
     raise ValueError(f"{skill_name} has only {len(found)} questions that are held out, {number} are wanted")
@@ -89,7 +89,7 @@ def _in_conversation(rng: Random, question: Question) -> Question:
     history: list[Message] = []
     if rng.random() < 0.25:
         history.append({"role": "system", "content": rng.choice(_SYSTEM_MESSAGES)})
-    if rng.random() < 0.2 and question.skill != "long passages":
+    if rng.random() < 0.2 and question.skill not in ("long passages", "backward questions"):  # may fill the context
         for _ in range(rng.choice((1, 1, 2, 3))):
             earlier = _not_held_out(rng, _BRIEF_SKILLS)
             history += [*earlier.messages, assistant(earlier.direct)]
@@ -99,7 +99,8 @@ def _in_conversation(rng: Random, question: Question) -> Question:
 _BRIEF_SKILLS = tuple(
     skill
     for skill in SKILLS
-    if skill.name not in ("passage questions", "long passages", "JSON by schema", "tool calls", "tool results")
+    if skill.name
+    not in ("passage questions", "long passages", "backward questions", "JSON by schema", "tool calls", "tool results")
 )
 
 

@@ -101,12 +101,12 @@ def table(scores: Sequence[Score]) -> str:
         return f"{100 * right / asked:5.1f} %" if asked else "      -"
 
     lines = [
-        "| skill             | thinking |  direct | together | wanted |    |",
-        "| ----------------- | -------: | ------: | -------: | -----: | -- |",
+        "| skill              | thinking |  direct | together | wanted |    |",
+        "| ------------------ | -------: | ------: | -------: | -----: | -- |",
     ]
     for row in scores:
         lines.append(
-            f"| {row.skill:17} |  {percent(row.thinking_right, row.thinking_asked)} | "
+            f"| {row.skill:18} |  {percent(row.thinking_right, row.thinking_asked)} | "
             f"{percent(row.direct_right, row.direct_asked)} |  {100 * row.share:5.1f} % | "
             f"{100 * row.threshold:4.0f} % | {'ok' if row.passed else 'NO'} |"
         )

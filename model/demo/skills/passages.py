@@ -28,6 +28,7 @@ from model.demo.skills.words import (
 
 SHORT = "passage questions"
 LONG = "long passages"
+BACKWARD = "backward questions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,15 @@ def long_passages(rng: Random) -> Question:
     return _question(rng, LONG, facts=rng.randint(4, 10), fillers=fillers)
 
 
+def backward_questions(rng: Random) -> Question:
+    """What is told of somebody is given and the name is asked for, which stands before it in the text.
+
+    A skill of its own, for a model of this kind learns to read on from a name long before it learns to look back.
+    """
+    fillers = rng.randint(0, 3) if rng.random() < 0.9 else int(20 * 17 ** rng.random())
+    return _question(rng, BACKWARD, facts=rng.randint(2, 10), fillers=fillers)
+
+
 def _question(rng: Random, skill: str, facts: int, fillers: int) -> Question:
     """Few kinds of facts about several people: the name alone, or the kind alone, leads to other facts too."""
     zh = is_chinese(rng)
@@ -99,12 +109,11 @@ def _question(rng: Random, skill: str, facts: int, fillers: int) -> Question:
     rng.shuffle(text)
     (name, index), value = rng.choice(list(told.items()))
     relation, evidence = relations[index], sentences[name, index]
-    draw = rng.random()
-    if draw < 0.15:
+    if skill == BACKWARD:
+        return _ask(rng, zh, skill, text, relation.reverse.format(v=value), value, evidence, name)
+    if rng.random() < 0.15:
         name, index = rng.choice([(n, i) for n in people for i in kinds if (n, i) not in told])
         return _ask(rng, zh, skill, text, relations[index].question.format(n=name), name, "", "")
-    if draw < 0.4:
-        return _ask(rng, zh, skill, text, relation.reverse.format(v=value), value, evidence, name)
     return _ask(rng, zh, skill, text, relation.question.format(n=name), name, evidence, value)
 
 
@@ -119,12 +128,16 @@ def _ask(
         prompt = rng.choice((f"阅读短文并回答问题。\n\n{passage}\n\n问题：{question}", f"{passage}\n\n{question}"))
         thought = f"关于{topic}，短文说：“{evidence}”" if evidence else "短文里没有提到。"
         full = f"{topic}：{evidence}答案：{answer}" if evidence else "短文里没有提到。"
+        found = f"{topic}：{answer}"
     else:
         prompt = rng.choice(
             (f"Read the text and answer the question.\n\n{passage}\n\nQuestion: {question}", f"{passage}\n\n{question}")
         )
         thought = f'Of {topic} the text says: "{evidence}"' if evidence else "The text says nothing about it."
         full = f"{topic}: {evidence} So: {answer}" if evidence else "The text does not say."
+        found = f"{topic}: {answer}"
+    if skill == BACKWARD:  # the name comes at once, right after what is looked for
+        thought, full = f"{found}\n{thought}", found
     if not evidence:
         return ask(skill, f"{question} {passage}", prompt, thought, full, refuses)
     return ask(skill, f"{question} {passage}", prompt, thought, answer, ends_with(answer), direct=full)
