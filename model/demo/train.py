@@ -141,7 +141,10 @@ class Trainer:
         self.save()
 
     def step(self, batches: Iterator[MicroBatch], rate: float) -> torch.Tensor:
-        """One update from some micro-batches; returns the mean loss of a token, by weight, without waiting for it."""
+        """One update from some micro-batches; returns the mean loss of a token, by weight, without waiting for it.
+
+        The next step writes over it.
+        """
         group = list(batches)
         total = sum(float(batch.weights.sum()) for batch in group)
         self._update.begin()
@@ -322,7 +325,11 @@ def device_name(device: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.demo.train", description="Train the demo checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.demo.train",
+        description="Train the demo checkpoint: on a GPU in some minutes, with progress, a state every two minutes to "
+        "resume from, and a picture of the loss.",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where to write (default: build/demo)")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=0.0, help="wall-clock time to train for (default: 15)")
