@@ -1,5 +1,5 @@
 # Everything sets itself up: a fresh clone needs make and Python 3.11 or newer.
-#   make demo    serve the bundled checkpoint on the CPU and stream one answer
+#   make demo    serve the bundled checkpoint on the CPU: a thought, a tool call, and what they took
 #   make test    lint, types, contracts, tests
 
 VENV  ?= .venv
@@ -21,12 +21,12 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo serve test test-fast test-helm test-observability lint format test-gpu setup-gpu protos buf-lint buf-breaking \
-	checkpoint chart-readme clean
+	train-demo evaluate-demo chart-readme clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.server  ## start a server on the bundled checkpoint, stream one answer, stop
+demo: $(VENV)/.server  ## start a server on the bundled checkpoint, hold two conversations, stop
 	@$(PY) -m service.demo $(ARGS)
 
 serve: $(VENV)/.server  ## keep a server running (ARGS="--model Qwen/Qwen3-0.6B ...")
@@ -63,8 +63,12 @@ protos: build/tools/.grpcio-$(GRPCIO_TOOLS)  ## write the stubs beside the .prot
 chart-readme: $(VENV)/.test  ## write the table of values in the chart's README.md again
 	@$(PY) helm/values_table.py
 
-checkpoint: $(VENV)/.test  ## write model/demo/ again (the same bytes)
-	@$(PY) -m model.demo.make
+train-demo: $(VENV)/.server  ## train the bundled checkpoint anew, into build/demo (a CUDA GPU; ARGS="--minutes 15")
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e ".[train]"
+	@$(PY) -m model.demo.train $(ARGS)
+
+evaluate-demo: $(VENV)/.server  ## ask a running server held-out questions (ARGS="--target localhost:50051")
+	@$(PY) -m model.demo.evaluate $(ARGS)
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""What every test gets: one thread for each process's maths, and the bundled checkpoint."""
+"""What every test gets: one thread for each process's maths, the bundled checkpoint, and one that never ends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+
+from tests.checkpoints import DEMO, endless
 
 # Without a GPU, Triton's kernels run in its interpreter, which must be asked for before anything imports Triton.
 if not torch.cuda.is_available():
@@ -40,14 +42,21 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
-    """The bundled checkpoint: random weights, 2 layers, 4 query heads on 2 KV heads, 1024 tokens. Read only."""
-    return ROOT / "model" / "demo"
+    """The bundled checkpoint: trained, 8 layers, 8 query heads on 2 KV heads, 4096 tokens. Read only."""
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def endless_checkpoint() -> Path:
+    """Random weights that never end by themselves; see `checkpoints.endless`."""
+    return endless()
 
 
 # Whole servers, several machines, a cluster's life, trainings: what `make test-fast` leaves to `make test`.
 SLOW = (
     "helm",
-    "model/demo",
+    "model/demo/test_served.py",
+    "model/demo/test_training.py",
     "observability",
     "test_cli.py",
     "test_end_to_end.py",

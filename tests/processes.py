@@ -9,11 +9,13 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.terminal import read_ready_line
+from tests.checkpoints import endless
 
 LIGHTQWEN = (sys.executable, "-m", "service.cli")
 
@@ -72,7 +74,7 @@ def _address(words: str) -> str:
 
 @dataclass
 class Serve:
-    """`lightqwen serve` on the bundled checkpoint and the CPU, with its standard output and error kept apart."""
+    """`lightqwen serve` on the CPU, with its standard output and error kept apart."""
 
     process: subprocess.Popen[str]
     facts: dict[str, str] = field(default_factory=dict)
@@ -80,10 +82,13 @@ class Serve:
 
     @classmethod
     def start(cls, *options: str, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> Serve:
-        """Start it. `prefix`: a command that runs it, such as `ip netns exec ...`."""
+        """Start it, on random weights unless the options name a model, the last of equal options being what counts.
+
+        `prefix`: a command that runs it, such as `ip netns exec ...`.
+        """
         command = [*prefix, *LIGHTQWEN, "serve", "--device", "cpu", "--metrics-port", "-1", "--log-level", "warning"]
         process = subprocess.Popen(
-            [*command, "--num-blocks", "64", "--block-size", "16", *options],
+            [*command, "--model", str(endless()), "--num-blocks", "64", "--block-size", "16", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -108,6 +113,12 @@ class Serve:
     @property
     def address(self) -> str:
         return self.facts["address"]
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples; of a server with `--metrics-port`."""
+        with urllib.request.urlopen(self.facts["metrics"], timeout=5) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"lightqwen_{name}{{"))
 
     @property
     def workers(self) -> list[int]:

@@ -195,15 +195,16 @@ def test_version() -> None:
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[str]:
+def target(endless_checkpoint: Path) -> Iterator[str]:
+    model = ["--model", str(endless_checkpoint)]
     logs = ["--log-level", "info", "--log-format", "json"]
-    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU, *logs, "--num-blocks", "64"]
+    command = [*LIGHTQWEN, "serve", "--port", "0", *QUIET_CPU, *model, *logs, "--num-blocks", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         facts = read_ready_line(process.stdout.readline())
         assert facts is not None, process.stderr.read()
-        assert facts["model"] == "lightqwen-demo"
+        assert facts["model"] == "endless"
         assert facts["kv_blocks"] == "64"
         assert facts["tensor_parallel_size"] == "1"
         yield facts["address"]
@@ -366,7 +367,7 @@ class Screen:
 
 def test_chat_ctrl_c_stops_one_answer_only(target: str) -> None:
     screen = Screen([*LIGHTQWEN, "chat", "--target", target, "--seed", "1", "--max-tokens", "2000"])
-    screen.expect("lightqwen-demo: /reset")
+    screen.expect("endless: /reset")
     screen.expect("> ")
     screen.type("Hello there\n")
     screen.expect("Hello there\r\n", then=8)

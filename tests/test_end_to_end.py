@@ -1,4 +1,8 @@
-"""The whole of it: `lightqwen serve` on the bundled checkpoint, real clients, TP 1 and 2, against transformers."""
+"""The whole of it: `lightqwen serve` on random weights, real clients, TP 1 and 2, against transformers.
+
+Random prompts and random weights reach what text does not; how the trained checkpoint answers is for
+`model/demo/test_served.py`.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +45,9 @@ class Server:
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"lightqwen_{name}{{"))
 
 
-def start(*options: str) -> Server:
-    command = [sys.executable, "-m", "service.cli", "serve", "--device", "cpu", "--port", "0", "--metrics-port", "0"]
+def start(checkpoint: Path, *options: str) -> Server:
+    command = [sys.executable, "-m", "service.cli", "serve", "--model", str(checkpoint), "--device", "cpu"]
+    command += ["--port", "0", "--metrics-port", "0"]
     # A process group of its own, as a terminal or a process manager makes it.
     process = subprocess.Popen(
         [*command, "--log-level", "error", *options], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -61,8 +66,8 @@ def end(server: Server) -> None:
 
 
 @pytest.fixture(params=[1, 2], ids=["tp1", "tp2"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    server = start("--tensor-parallel-size", str(request.param), *SMALL, *CHUNKED)
+def server(request: pytest.FixtureRequest, endless_checkpoint: Path) -> Iterator[Server]:
+    server = start(endless_checkpoint, "--tensor-parallel-size", str(request.param), *SMALL, *CHUNKED)
     yield server
     end(server)
 
@@ -88,9 +93,9 @@ def questions() -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def answers(questions: list[Question], demo_checkpoint: Path) -> list[list[int]]:
+def answers(questions: list[Question], endless_checkpoint: Path) -> list[list[int]]:
     """What transformers says, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(endless_checkpoint, dtype=torch.float32)
     outputs = []
     for question in questions:
         prompt = torch.tensor([question.prompt])
@@ -172,10 +177,10 @@ async def test_64_streams_with_cancels_and_deadlines_among_them(
 
 
 async def test_a_sigterm_to_the_whole_process_group_loses_no_stream(
-    questions: list[Question], answers: list[list[int]]
+    questions: list[Question], answers: list[list[int]], endless_checkpoint: Path
 ) -> None:
     """Some process managers signal every process of a group, not only the first."""
-    server = start(*SMALL, *CHUNKED)
+    server = start(endless_checkpoint, *SMALL, *CHUNKED)
     async with AsyncClient(server.address) as client:
         asked = [asyncio.create_task(answer(client, question)) for question in questions]
         await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)

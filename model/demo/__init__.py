@@ -1,1 +1,1 @@
-"""The bundled demo checkpoint, a folder like any other, and the script that makes it."""
+"""The bundled demo checkpoint, a folder like any other, and what made it: text, training, evaluation."""

@@ -89,6 +89,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def write_model_card(folder: Path, shape: Shape, table: str, how: str) -> None:
     """Write README.md: what the model is, what it is not, and how it did."""
     parameters = sum(torch.Size(size).numel() for size in shape.sizes().values())
+    picture = "\n\n![loss](loss.png)" if (folder / "loss.png").exists() else ""
     text = f"""\
 ---
 license: apache-2.0
@@ -97,28 +98,34 @@ tags: [qwen3, demo]
 ---
 # lightqwen demo
 
-A Qwen3 in small, for demonstrations and tests: {parameters / 1e6:.1f} million parameters. {shape.layers} layers of
-width {shape.hidden_size}, {shape.heads} query heads on {shape.kv_heads} KV heads of {shape.head_dim}, q/k norm, tied
-embeddings, a context of {shape.context_length} tokens, a byte-level BPE of {shape.vocab_size} entries, and Qwen3's
-special tokens and chat format (`enable_thinking`, tools).
+A Qwen3 in small, for demonstrations and tests of a server: {parameters / 1e6:.1f} million parameters.
+
+- {shape.layers} layers of width {shape.hidden_size}, {shape.heads} query heads on {shape.kv_heads} KV heads of \
+{shape.head_dim}, q/k norm, tied embeddings, a context of {shape.context_length} tokens
+- a byte-level BPE of {shape.vocab_size} entries with Qwen3's special tokens
+- a chat template in Qwen3's format: `enable_thinking`, tools, tool calls and their results
 
 **What it is.** It was trained from scratch by `python -m model.demo.train`, on nothing but text that the generators in
 `model/demo/skills/` make from a seed: English and Chinese conversations over skills whose answers a program can check.
-It can calculate with up to three digits, with and without a `<think>` trace, count, sort, edit words, convert units and
-dates, answer questions about a text (also far back in the context), write JSON that follows a schema, call tools and
-use what they return, tell short stories from a template, and say that it does not know.
+It calculates with up to three digits, with and without a `<think>` trace, counts, sorts, edits words, converts units
+and dates, answers questions about a text (also far back in the context), writes JSON that follows a schema, calls tools
+and uses what they return, tells short stories from a template, and says that it does not know.
 
 **What it is not.** It is no assistant: it knows nothing about the world, and understands no wording that is far from
-the generators'. Do not rely on its answers. It is derived from no other model, and no data was downloaded.
+the generators'. Outside of what it was taught it makes things up. Do not rely on its answers. It is derived from no
+other model, and no data was downloaded.
 
 ## How it does
 
-Held-out questions, answered greedily. A hash of what is asked, whatever the wording, decides whether a question is held
-out; training skips those. `python -m model.demo.evaluate` asks them through a running server.
+Held-out questions, answered greedily; the share of right answers with a thought before the answer, without one, and
+together. A hash of what is asked, whatever the wording, decides whether a question is held out; training skips those.
+`python -m model.demo.evaluate` asks them through a running server.
 
 {table}
 
-{how}
+## Training
+
+{how}{picture}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 

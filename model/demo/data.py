@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from model.demo.chat import completion, prompt
 from model.demo.skills import SKILLS, Question, TaughtSkill
 from model.demo.skills.question import Message, assistant
-from model.demo.tokenizer import load_tokenizer
+from model.demo.tokenizer import VOCAB_SIZE, load_tokenizer
 
 ROW_LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 DOCUMENTS_PER_SHARD = 2048
@@ -54,7 +54,7 @@ def training_question(rng: Random) -> Question:
 
 
 def held_out_questions(skill_name: str, number: int, seed: int) -> list[Question]:
-    """Different questions of one skill that no training ever sees.
+    """Different questions of one skill that no training ever sees, the same ones whatever the skills' shares are.
 
     Raises:
         ValueError: the skill makes too few of them.
@@ -65,7 +65,7 @@ def held_out_questions(skill_name: str, number: int, seed: int) -> list[Question
     for _ in range(1000 * number):
         question = rng.choice(skills).make(rng)
         if is_held_out(question) and question.key not in found:
-            found[question.key] = _in_conversation(rng, question)
+            found[question.key] = _in_conversation(Random(f"{skill_name} {seed} {question.key}"), question)
             if len(found) == number:
                 return list(found.values())
     raise ValueError(f"{skill_name} has only {len(found)} questions that are held out, {number} are wanted")
@@ -89,7 +89,7 @@ def _in_conversation(rng: Random, question: Question) -> Question:
     history: list[Message] = []
     if rng.random() < 0.25:
         history.append({"role": "system", "content": rng.choice(_SYSTEM_MESSAGES)})
-    if rng.random() < 0.2 and question.skill != "long passages":
+    if rng.random() < 0.2 and question.skill not in ("long passages", "backward questions"):  # may fill the context
         for _ in range(rng.choice((1, 1, 2, 3))):
             earlier = _not_held_out(rng, _BRIEF_SKILLS)
             history += [*earlier.messages, assistant(earlier.direct)]
@@ -99,7 +99,8 @@ def _in_conversation(rng: Random, question: Question) -> Question:
 _BRIEF_SKILLS = tuple(
     skill
     for skill in SKILLS
-    if skill.name not in ("passage questions", "long passages", "JSON by schema", "tool calls", "tool results")
+    if skill.name
+    not in ("passage questions", "long passages", "backward questions", "JSON by schema", "tool calls", "tool results")
 )
 
 
@@ -194,7 +195,8 @@ def micro_batches(source: Iterator[Shard], tokens: int) -> Iterator[MicroBatch]:
 
 
 def _micro_batch(rows: list[tuple[np.ndarray, int]], length: int) -> MicroBatch:
-    ids = np.zeros((len(rows), length), dtype=np.int64)
+    # Padding is spread over all ids: the gradient of an embedding adds up rows of one id one after the other.
+    ids = np.arange(len(rows) * length, dtype=np.int64).reshape(len(rows), length) % VOCAB_SIZE
     targets = np.zeros((len(rows), length), dtype=np.int64)
     weights = np.zeros((len(rows), length), dtype=np.float32)
     for row, (document, prompt_size) in enumerate(rows):

@@ -23,17 +23,26 @@ _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 class Optimizer:
-    """Updates weights in place from their gradients. `state` holds everything that a resumed training needs."""
+    """Updates weights in place from their gradients. `state` holds everything that a resumed training needs.
+
+    Gradients stay where they are, as zeros after each step, and nothing here asks the device for a number: a CUDA graph
+    can record a step and do it again.
+    """
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        device = next(iter(weights.values())).device
         self._weights = weights
+        for tensor in weights.values():
+            tensor.grad = torch.zeros_like(tensor)
+        self.rate = torch.zeros((), device=device)
+        """Muon's learning rate."""
         matrices = [name for name, tensor in weights.items() if tensor.dim() == 2 and name != EMBEDDING]
         self._groups: dict[str, list[str]] = {}  # matrices of one size are updated together
         for name in matrices:
             size = "x".join(map(str, weights[name].shape))
             self._groups.setdefault(size, []).append(name)
         self._others = [name for name in weights if name not in set(matrices)]
-        self.state: dict[str, torch.Tensor] = {"steps": torch.zeros((), dtype=torch.int64)}
+        self.state: dict[str, torch.Tensor] = {"steps": torch.zeros((), dtype=torch.int64, device=device)}
         for size, names in self._groups.items():
             self.state[f"momentum.{size}"] = torch.stack([torch.zeros_like(weights[name]) for name in names])
         for name in self._others:
@@ -45,32 +54,32 @@ class Optimizer:
             tensor.copy_(state[name])
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update every weight by its gradient and forget the gradients. `rate` is Muon's learning rate."""
+    def step(self) -> None:
+        """Update every weight by its gradient, at `rate`, and forget the gradients."""
         self.state["steps"] += 1
         for size, names in self._groups.items():
-            self._muon(names, self.state[f"momentum.{size}"], rate)
+            self._muon(names, self.state[f"momentum.{size}"])
         for name in self._others:
-            self._adam(name, rate * ADAM_RATE)
+            self._adam(name)
         for tensor in self._weights.values():
-            tensor.grad = None
+            _gradient(tensor).zero_()
 
-    def _muon(self, names: list[str], momentum: torch.Tensor, rate: float) -> None:
+    def _muon(self, names: list[str], momentum: torch.Tensor) -> None:
         gradients = torch.stack([_gradient(self._weights[name]) for name in names])
         momentum.lerp_(gradients, 1 - MOMENTUM)
         update = orthogonal(gradients.lerp(momentum, MOMENTUM))
-        update = update * (0.2 * max(update.shape[-2:]) ** 0.5)
+        update = update * (0.2 * max(update.shape[-2:]) ** 0.5 * self.rate)
         for name, change in zip(names, update, strict=True):
-            self._weights[name].mul_(1 - rate * WEIGHT_DECAY).add_(change, alpha=-rate)
+            self._weights[name].mul_(1 - self.rate * WEIGHT_DECAY).sub_(change)
 
-    def _adam(self, name: str, rate: float) -> None:
-        weight, steps = self._weights[name], int(self.state["steps"])
+    def _adam(self, name: str) -> None:
+        weight, steps = self._weights[name], self.state["steps"]
         gradient = _gradient(weight)
         mean, square = self.state[f"mean.{name}"], self.state[f"square.{name}"]
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
         root = (square / (1 - BETAS[1] ** steps)).sqrt_().add_(EPSILON)
-        weight.addcdiv_(mean, root, value=-rate / (1 - BETAS[0] ** steps))
+        weight.sub_(mean / root * (self.rate * ADAM_RATE / (1 - BETAS[0] ** steps)))
 
 
 def _gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -41,8 +41,16 @@ class Score:
     direct_asked: int
 
     @property
+    def right(self) -> int:
+        return self.thinking_right + self.direct_right
+
+    @property
+    def asked(self) -> int:
+        return self.thinking_asked + self.direct_asked
+
+    @property
     def share(self) -> float:
-        return (self.thinking_right + self.direct_right) / (self.thinking_asked + self.direct_asked)
+        return self.right / self.asked
 
     @property
     def passed(self) -> bool:
@@ -93,12 +101,12 @@ def table(scores: Sequence[Score]) -> str:
         return f"{100 * right / asked:5.1f} %" if asked else "      -"
 
     lines = [
-        "| skill             | thinking |  direct | together | wanted |    |",
-        "| ----------------- | -------: | ------: | -------: | -----: | -- |",
+        "| skill              | thinking |  direct | together | wanted |    |",
+        "| ------------------ | -------: | ------: | -------: | -----: | -- |",
     ]
     for row in scores:
         lines.append(
-            f"| {row.skill:17} |  {percent(row.thinking_right, row.thinking_asked)} | "
+            f"| {row.skill:18} |  {percent(row.thinking_right, row.thinking_asked)} | "
             f"{percent(row.direct_right, row.direct_asked)} |  {100 * row.share:5.1f} % | "
             f"{100 * row.threshold:4.0f} % | {'ok' if row.passed else 'NO'} |"
         )

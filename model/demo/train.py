@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
+from math import lcm
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -34,11 +34,12 @@ from model.demo.bundle import (
     write_weights,
 )
 from model.demo.chat import END_OF_TURN
-from model.demo.data import MicroBatch, Shard, micro_batches, shards
-from model.demo.network import Pieces, Shape, generate, initial_weights, loss_sum
+from model.demo.data import ROW_LENGTHS, MicroBatch, Shard, micro_batches, shards
+from model.demo.network import Pieces, Shape, generate, initial_weights
 from model.demo.optimizer import Optimizer
 from model.demo.scoring import MAX_NEW_TOKENS, Score, Task, score, table, tasks, wrong_answers
 from model.demo.tokenizer import added_id, load_tokenizer
+from model.demo.update import RecordedUpdate, Update
 
 WARM_UP, DECAY_FROM = 0.02, 0.5
 """Parts of the training: the learning rate climbs until the one, and falls to nothing from the other on."""
@@ -62,6 +63,7 @@ class Settings:
     workers: int = 0
     device: str = "cpu"
     compiled: bool = False
+    recorded: bool = False  # steps as CUDA graphs
     save_every_s: float = 120.0
     checks: int = 3  # evaluations on the way
     check_questions: int = 24  # of each skill
@@ -105,19 +107,22 @@ class Trainer:
         )
         self.weights = {name: tensor.to(settings.device).requires_grad_() for name, tensor in weights.items()}
         self.optimizer = Optimizer(self.weights)
-        self._pieces = Pieces.compiled() if settings.compiled else Pieces()
         self._state_folder = settings.out / "state"
         if resume:
             self._load()
-        self._began = time.monotonic() - self.progress.elapsed_s
+        self._update = self._make_update()
+        self._began = 0.0  # when, had it never been interrupted
 
     def run(self) -> None:
         """Train until the end of the budget, then write the checkpoint."""
         settings, progress = self.settings, self.progress
-        reported = saved = time.monotonic()
         reported_tokens = progress.tokens
         source = shards(settings.out, settings.seed, settings.workers)
         with closing(source), Prefetched(self._stream(source)) as batches:
+            # The clock runs from the first batch on: a resumed training makes anew what it has seen already.
+            batches = chain([next(batches)], batches)
+            reported = saved = time.monotonic()
+            self._began = reported - progress.elapsed_s
             while (done := self.done()) < 1:
                 loss = self.step(islice(batches, settings.micro_batches), rate_at(done) * settings.rate)
                 now = time.monotonic()
@@ -136,32 +141,20 @@ class Trainer:
         self.save()
 
     def step(self, batches: Iterator[MicroBatch], rate: float) -> torch.Tensor:
-        """One update from some micro-batches; returns the mean loss of a token, by weight, without waiting for it."""
-        device = self.settings.device
+        """One update from some micro-batches; returns the mean loss of a token, by weight, without waiting for it.
+
+        The next step writes over it.
+        """
         group = list(batches)
         total = sum(float(batch.weights.sum()) for batch in group)
-        loss = torch.zeros((), device=device)
+        self._update.begin()
         for batch in group:
-            ids, targets, token_weights = (
-                _upload(array, device) for array in (batch.ids, batch.targets, batch.weights)
-            )
-            part = loss_sum(
-                self.weights,
-                self.settings.shape,
-                self._pieces,
-                ids,
-                targets,
-                token_weights / total,
-                batch.length,
-                self.settings.dtype,
-            )
-            part.backward()
-            loss += part.detach()
+            self._update.add(batch, total)
             self.progress.tokens += batch.ids.size
-        self.optimizer.step(rate)
+        self._update.finish(rate)
         self.progress.step += 1
         self.progress.micro_batches += len(group)
-        return loss
+        return self._update.loss
 
     def done(self) -> float:
         """The part of the budget that is used up, 0 to 1."""
@@ -182,6 +175,14 @@ class Trainer:
             f"{questions} held-out questions of each skill, in {dtype}, {seconds:.0f} s\n{table(scores)}\n", flush=True
         )
         return scores
+
+    def _make_update(self) -> Update:
+        settings = self.settings
+        pieces = Pieces.compiled() if settings.compiled else Pieces()
+        parts = (self.weights, self.optimizer, settings.shape, pieces, settings.dtype)
+        if not settings.recorded:
+            return Update(*parts)
+        return RecordedUpdate(*parts, settings.micro_batch_tokens, ROW_LENGTHS)
 
     def _stream(self, source: Iterator[Shard]) -> Iterator[MicroBatch]:
         """What has not been trained on yet."""
@@ -281,12 +282,6 @@ def answer(
     return texts
 
 
-def _upload(array: np.ndarray, device: str) -> torch.Tensor:
-    """Copy to the device; to a GPU without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
-
-
 def finish(trainer: Trainer) -> None:
     """Write the checkpoint's files, evaluate what was written, and tell it in the model card."""
     settings, progress = trainer.settings, trainer.progress
@@ -298,7 +293,8 @@ def finish(trainer: Trainer) -> None:
             trainer.weights[name].copy_(tensor)
     how = (
         f"Trained on {progress.tokens / 1e6:.0f} million tokens, padding included, in {progress.step} steps and "
-        f"{progress.elapsed_s / 60:.1f} minutes on {device_name(settings.device)}."
+        f"{progress.elapsed_s / 60:.1f} minutes on {device_name(settings.device)}"
+        f"{', beginning with the weights of an earlier training' if settings.start_from else ''}."
     )
     write_model_card(settings.out, settings.shape, "", how)
     scores = trainer.check(settings.final_questions, settings.dtype)
@@ -329,7 +325,11 @@ def device_name(device: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.demo.train", description="Train the demo checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.demo.train",
+        description="Train the demo checkpoint: on a GPU in some minutes, with progress, a state every two minutes to "
+        "resume from, and a picture of the loss.",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where to write (default: build/demo)")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=0.0, help="wall-clock time to train for (default: 15)")
@@ -339,33 +339,44 @@ def main() -> int:
         "--start-from", type=Path, help="a checkpoint's folder to begin with, instead of random weights"
     )
     parser.add_argument("--seed", type=int, default=1, help="of weights and text (default: 1)")
-    parser.add_argument("--rate", type=float, default=5e-3, help="peak learning rate (default: 0.005)")
+    parser.add_argument("--rate", type=float, help="peak learning rate (default: 0.005; 0.003 with --start-from)")
     parser.add_argument("--micro-batch-tokens", type=int, default=49_152, help="of one pass (default: 49152)")
     parser.add_argument("--micro-batches", type=int, default=6, help="of one step (default: 6)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make text")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
+    parser.add_argument("--no-graphs", action="store_true", help="do not record steps as CUDA graphs")
+    parser.add_argument("--checks", type=int, default=3, help="evaluations on the way (default: 3)")
     parser.add_argument("--final-questions", type=int, default=200, help="of each skill, at the end (default: 200)")
     arguments = parser.parse_args()
+    recorded = arguments.device == "cuda" and not arguments.no_graphs
+    if recorded and arguments.micro_batch_tokens % lcm(*ROW_LENGTHS):
+        parser.error(f"--micro-batch-tokens must be a multiple of {lcm(*ROW_LENGTHS)}, or take --no-graphs")
     settings = Settings(
         out=arguments.out,
         minutes=arguments.minutes or (0.0 if arguments.steps else 15.0),
         steps=arguments.steps,
         seed=arguments.seed,
-        rate=arguments.rate,
+        rate=arguments.rate or (3e-3 if arguments.start_from else 5e-3),
         micro_batch_tokens=arguments.micro_batch_tokens,
         micro_batches=arguments.micro_batches,
         workers=arguments.workers,
         device=arguments.device,
         compiled=arguments.device == "cuda" and not arguments.no_compile,
+        recorded=recorded,
+        checks=arguments.checks,
         final_questions=arguments.final_questions,
         start_from=arguments.start_from,
     )
     if settings.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape; flash attention does not
+    began = time.monotonic()
     trainer = Trainer(settings, arguments.resume)
     parameters = sum(tensor.numel() for tensor in trainer.weights.values())
-    print(f"{parameters / 1e6:.2f} M parameters on {device_name(settings.device)}", flush=True)
+    seconds = time.monotonic() - began
+    print(
+        f"{parameters / 1e6:.2f} M parameters on {device_name(settings.device)}, ready in {seconds:.0f} s", flush=True
+    )
     trainer.run()
     finish(trainer)
     return 0

@@ -54,7 +54,7 @@ _ROLES = {
 }
 
 Event = Started | Delta | Finished
-Message = ChatMessage | Mapping[str, str]
+Message = ChatMessage | Mapping[str, Any]
 PromptLike = str | Sequence[int] | Chat
 
 RETRY_SERVICE_CONFIG = {
@@ -162,7 +162,9 @@ def build_prompt(prompt: PromptLike) -> Prompt:
 
 
 def build_chat(messages: str | Sequence[Message], *, enable_thinking: bool | None = None) -> Chat:
-    """Turn one user message, or messages with `role` and `content`, into the contract's chat.
+    """Turn one user message, or messages, into the contract's chat.
+
+    A message may be a mapping: `role` is "system", "user", "assistant" or "tool", the other keys are ChatMessage's.
 
     Raises:
         ValueError: a message has a role that there is not.

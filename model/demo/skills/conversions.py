@@ -33,7 +33,13 @@ def conversions(rng: Random) -> Question:
     )
 
 
-def _ask(key: str, prompt: str, thought: str, answer: str, check: Check, direct: str | None = None) -> Question:
+def _ask(key: str, prompt: str, thought: str, answer: str, check: Check) -> Question:
+    return ask(SKILL, key, prompt, thought, answer, check)
+
+
+def _calculate(key: str, prompt: str, thought: str, answer: str, check: Check) -> Question:
+    """As `_ask`, for what takes some steps: without a thought, the answer shows them."""
+    direct = ", ".join([*thought.splitlines(), f"so {answer}"])
     return ask(SKILL, key, prompt, thought, answer, check, direct=direct)
 
 
@@ -60,7 +66,7 @@ def _unit(rng: Random) -> Question:
         )
         answer = f"{amount} {big} = {result} {small}"
     thought = f"{amount} / {factor} = {result}" if down else _times(amount, factor)
-    return _ask(f"{amount} {big} {small}", prompt, thought, answer, says_number(result))
+    return _calculate(f"{amount} {big} {small}", prompt, thought, answer, says_number(result))
 
 
 def _times(amount: int, factor: int) -> str:
@@ -87,7 +93,7 @@ def _temperature(rng: Random) -> Question:
         thought = f"{fahrenheit} - 32 = {ninths}\n{ninths} / 9 = {celsius // 5}\n{celsius // 5} * 5 = {celsius}"
         answer, result = f"{fahrenheit} °F = {celsius} °C", celsius
         prompt = f"{fahrenheit} 华氏度是多少摄氏度？" if zh else f"Convert {fahrenheit} degrees Fahrenheit to Celsius."
-    return _ask(answer, prompt, thought, answer, says_number(result))
+    return _calculate(answer, prompt, thought, answer, says_number(result))
 
 
 def _weekday(rng: Random) -> Question:
@@ -101,7 +107,7 @@ def _weekday(rng: Random) -> Question:
         prompt = f"Today is {names[start]}. What day of the week is it in {days} days?"
     way = ", ".join(names[(start + step) % 7] for step in range(rest + 1))
     thought = f"{days} = {days // 7} * 7 + {rest}\n{way}"
-    return _ask(f"{start} {days}", prompt, thought, names[result], ends_with(names[result]))
+    return _calculate(f"{start} {days}", prompt, thought, names[result], ends_with(names[result]))
 
 
 def _any_date(rng: Random) -> date:
@@ -135,7 +141,7 @@ def _date_later(rng: Random) -> Question:
         lines.append(f"{total} - {length} = {total - length}")
     answer = f"{end.day} {MONTHS[end.month - 1]}"
     prompt = f"Which date is {days} days after {start.day} {month}? It is not a leap year."
-    return _ask(f"{start.month}-{start.day}+{days}", prompt, "\n".join(lines), answer, is_text(answer))
+    return _calculate(f"{start.month}-{start.day}+{days}", prompt, "\n".join(lines), answer, ends_with(answer))
 
 
 def _clock(rng: Random) -> Question:
@@ -160,5 +166,4 @@ def _time_later(rng: Random) -> Question:
     else:
         prompt = f"It is {hour:02}:{minute:02}. What time is it {later} minutes later?"
     thought = f"{minute} + {later} = {total}\n{total} = {total // 60} * 60 + {total % 60}"
-    direct = f"{minute} + {later} = {total}, so {answer}"
-    return _ask(f"{hour}:{minute}+{later}", prompt, thought, answer, ends_with(answer), direct=direct)
+    return _calculate(f"{hour}:{minute}+{later}", prompt, thought, answer, ends_with(answer))

@@ -21,7 +21,7 @@ def _spelled(word: str) -> str:
 
 def _letter_edit(key: str, prompt: str, steps: list[str], result: str) -> Question:
     """The letters are written out before the word is: in the thought, or in the answer itself."""
-    direct = f'{steps[-1]}, so "{result}"'
+    direct = f'{", ".join(steps)}, so "{result}"'
     return ask(SKILL, key, prompt, "\n".join(steps), f'"{result}"', ends_with(result), direct=direct)
 
 

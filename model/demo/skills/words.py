@@ -65,7 +65,8 @@ COMMON = _words(
 )
 PLAIN_WORDS = tuple(dict.fromkeys([*FRUITS, *ANIMALS, *OBJECTS, *COMMON]))
 
-NAMES_ZH = _words("小明 小红 小华 小丽 小刚 小芳 小军 小梅 小龙 小雪 小强 小燕 小林 小云 小东 小雨")
+# Names of friends, no two with the same beginning: a character is a token, and the first one has to tell who is meant.
+NAMES_ZH = _words("明明 文文 华华 丽丽 强强 芳芳 军军 梅梅 龙龙 雪雪 静静 燕燕 林林 云云 东东 雨雨")
 CITIES_ZH = _words("北京 上海 广州 深圳 南京 杭州 成都 武汉 西安 重庆 天津 苏州 青岛 大连 厦门 昆明")
 COLORS_ZH = _words("红色 蓝色 绿色 黄色 黑色 白色 紫色 橙色 粉色 灰色")
 JOBS_ZH = _words("老师 医生 农民 司机 厨师 律师 护士 画家 作家 歌手 工人 警察")

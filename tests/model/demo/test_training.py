@@ -20,6 +20,7 @@ from model.demo.optimizer import Optimizer, orthogonal
 from model.demo.skills.question import Random
 from model.demo.tokenizer import VOCAB_SIZE, added_id, load_tokenizer
 from model.demo.train import Settings, Trainer, finish, rate_at
+from model.demo.update import RecordedUpdate, Update
 
 SMALL = Shape(hidden_size=32, intermediate_size=48, layers=2, heads=4, head_dim=16)
 
@@ -157,11 +158,12 @@ def test_newton_schulz_brings_singular_values_near_1(size: tuple[int, ...]) -> N
 def test_optimizer_descends() -> None:
     weights = {"model.layers.0.x.weight": torch.randn(4, 6).requires_grad_(), "norm": torch.ones(6).requires_grad_()}
     optimizer = Optimizer(weights)
+    optimizer.rate.fill_(0.05)
     losses = []
     for _ in range(60):
         loss = torch.stack([tensor.square().sum() for tensor in weights.values()]).sum()
         loss.backward()
-        optimizer.step(0.05)
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0]
 
@@ -187,6 +189,31 @@ def test_loss_falls_and_the_result_loads(settings: Settings) -> None:
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert not any(loading.values())
     assert "| arithmetic" in (settings.out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_those_of_one_operation_after_the_other(folder: Path) -> None:
+    tokens, lengths = 768, ROW_LENGTHS[:6]
+    made = micro_batches(iter([make_shard(folder, 9, 0, 600)]), tokens)
+    batches = list(islice((batch for batch in made if batch.length in lengths), 12))
+    assert len({batch.length for batch in batches}) > 1
+    results = []
+    for recorded in (False, True):
+        weights = {name: x.cuda().requires_grad_() for name, x in initial_weights(SMALL, 1).items()}
+        parts = (weights, Optimizer(weights), SMALL, Pieces(), torch.float32)
+        update = RecordedUpdate(*parts, tokens, lengths) if recorded else Update(*parts)
+        losses = []
+        for first in range(0, 12, 3):
+            update.begin()
+            for batch in batches[first : first + 3]:
+                update.add(batch, 100.0)
+            update.finish(5e-3)
+            losses.append(float(update.loss))
+        results.append((losses, weights))
+    (expected, one), (losses, other) = results
+    assert losses == pytest.approx(expected, rel=1e-3)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_resumed_training_ends_where_an_unbroken_one_does(settings: Settings, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The bundled checkpoint: made again it is the same, and transformers takes it for what it says it is."""
+"""The bundled checkpoint: transformers takes it for what it says it is, and its files are what the code writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.demo import make
+from model.demo import bundle
+from model.demo.chat import ADDED_TOKENS
+from model.demo.network import Shape
+from model.demo.tokenizer import VOCAB_SIZE, added_id, tokenizer_config
 
 Render = Callable[..., str]
 
@@ -31,9 +34,17 @@ def render(tokenizer: Any) -> Render:
     return apply
 
 
-def test_regenerating_gives_identical_bytes(demo_checkpoint: Path, tmp_path: Path) -> None:
-    for made in make.make(tmp_path):
-        assert made.read_bytes() == (demo_checkpoint / made.name).read_bytes(), made.name
+def test_it_is_small_enough_for_a_repository(demo_checkpoint: Path) -> None:
+    files = [path for path in demo_checkpoint.iterdir() if path.is_file() and path.suffix != ".py"]
+    assert sum(path.stat().st_size for path in files) <= 14_000_000
+
+
+def test_config_and_template_are_those_of_the_code(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """A template that is mended in the code has to reach the checkpoint too."""
+    bundle.write_config(tmp_path, Shape())
+    for name in ("config.json", "generation_config.json"):
+        assert (demo_checkpoint / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    assert json.loads((demo_checkpoint / "tokenizer_config.json").read_text()) == tokenizer_config()
 
 
 def test_transformers_loads_every_tensor(demo_checkpoint: Path) -> None:
@@ -50,19 +61,19 @@ def test_shapes_allow_two_and_four_ranks(demo_checkpoint: Path) -> None:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     assert heads % 4 == 0
     assert kv_heads == 2, "with 4 ranks the KV heads have to be replicated"
+    assert config["head_dim"] in (64, 128)
     assert heads > kv_heads
     assert config["head_dim"] * heads != config["hidden_size"], "head_dim is a parameter of its own, as in Qwen3"
 
 
-def test_logits_are_spread_and_finite(demo_checkpoint: Path) -> None:
+def test_transformers_lets_it_think_and_answer(demo_checkpoint: Path, tokenizer: Any, render: Render) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.arange(1, 65).unsqueeze(0)).logits[0]
-    assert torch.isfinite(logits).all()
-    assert 1.0 < logits.std().item() < 5.0
-    best = logits.topk(2, dim=-1).values
-    assert ((best[:, 0] - best[:, 1]) > 1e-3).all(), "greedy choices must not hang on rounding"
-    assert logits.argmax(dim=-1).unique().numel() > 16, "the next token depends on the last ones"
+    prompt = tokenizer(render([{"role": "user", "content": "What is 478 + 256?"}]), return_tensors="pt")
+    (ids,) = model.generate(**prompt, do_sample=False, top_k=None, top_p=None, temperature=None, max_new_tokens=200)
+    text = tokenizer.decode(ids[prompt["input_ids"].shape[1] :])
+    thought, _, answer = text.partition("</think>\n\n")
+    assert thought.startswith("<think>\n478 + 256\n")
+    assert answer == "478 + 256 = 734<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -71,26 +82,26 @@ def test_logits_are_spread_and_finite(demo_checkpoint: Path) -> None:
 def test_tokenizer_round_trip(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
-    assert all(0 <= token < make.VOCAB_SIZE for token in ids)
+    assert all(0 <= token < VOCAB_SIZE for token in ids)
 
 
 def test_tokenizer_compresses(tokenizer: Any) -> None:
-    text = "The people who lived there waited for the answer of the model."
+    text = "What is the favourite colour of Anna? The text says that she lives near the harbour."
     assert len(tokenizer.encode(text)) < len(text) / 2
 
 
 def test_added_tokens_stand_at_the_end_of_the_vocabulary(tokenizer: Any) -> None:
-    assert len(tokenizer) == make.VOCAB_SIZE
-    for token in make.ADDED_TOKENS:
-        assert tokenizer.encode(f"a{token}b")[1] == make.added_id(token)
-    assert tokenizer.eos_token_id == make.added_id("<|im_end|>")
+    assert len(tokenizer) == VOCAB_SIZE
+    for token in ADDED_TOKENS:
+        assert tokenizer.encode(f"a{token}b")[1] == added_id(token)
+    assert tokenizer.eos_token_id == added_id("<|im_end|>")
     ids = tokenizer.encode("<|im_start|>x<think>y</think><|im_end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "x<think>y</think>"
 
 
-def test_generation_config_names_both_ends() -> None:
-    config = make.generation_config()
-    assert config["eos_token_id"] == [make.added_id("<|im_end|>"), make.added_id("<|endoftext|>")]
+def test_generation_config_names_both_ends(demo_checkpoint: Path) -> None:
+    config = json.loads((demo_checkpoint / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [added_id("<|im_end|>"), added_id("<|endoftext|>")]
 
 
 def test_template_of_a_plain_chat(render: Render) -> None:

@@ -1,0 +1,116 @@
+"""The bundled checkpoint behind a real server: how well it answers, and that no way of serving changes an answer.
+
+Held-out questions, asked over gRPC, answered greedily in fp32. `python -m model.demo.evaluate` asks more of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from model.demo.evaluate import ask_all
+from model.demo.scoring import Score, Task, score, table, tasks, thresholds, wrong_answers
+from tests.processes import Serve
+
+pytestmark = pytest.mark.timeout(600)
+
+MANY = tasks(20)
+FEW = tasks(6)
+"""Of each skill, the first of those above."""
+SHORT = [task for task in FEW if task.question.skill not in ("long passages", "backward questions")]
+NOT_REACHED = "backward questions"
+"""The one skill that misses its threshold: a checkpoint that reaches it makes a test below fail, which then can go."""
+
+
+@contextmanager
+def served(*options: str) -> Iterator[Serve]:
+    """The bundled checkpoint, which is the default, with room for all questions unless the options say otherwise."""
+    server = Serve.start("--model", "", "--port", "0", "--metrics-port", "0", "--num-blocks", "2048", *options)
+    try:
+        assert server.wait_ready()["model"] == "lightqwen-demo"
+        assert server.facts["dtype"] == "float32"
+        yield server
+        server.process.terminate()
+        assert server.exit_code(30) == 0
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Serve]:
+    with served() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def answers(server: Serve) -> dict[str, str]:
+    """What it says to each prompt when 64 are asked at the same time."""
+    texts = asyncio.run(ask_all(server.address, MANY, 64))
+    return {task.prompt: text for task, text in zip(MANY, texts, strict=True)}
+
+
+def changed(
+    server: Serve, answers: Mapping[str, str], asked: Sequence[Task] = FEW, concurrency: int = 64
+) -> list[tuple[str, str, str]]:
+    """The questions that this server answers in other words, with what was expected and what came."""
+    texts = asyncio.run(ask_all(server.address, asked, concurrency))
+    return [
+        (task.prompt[-200:], answers[task.prompt], text)
+        for task, text in zip(asked, texts, strict=True)
+        if text != answers[task.prompt]
+    ]
+
+
+def scores_of(answers: Mapping[str, str]) -> tuple[dict[str, Score], str]:
+    """The score of each skill, and what to show when one is too low."""
+    texts = [answers[task.prompt] for task in MANY]
+    scores = score(MANY, texts)
+    return {row.skill: row for row in scores}, "\n".join([*wrong_answers(MANY, texts, 3), table(scores)])
+
+
+@pytest.mark.parametrize("threshold", sorted(set(thresholds().values())))
+def test_it_answers_as_well_as_it_must(answers: dict[str, str], threshold: float) -> None:
+    """All skills of one threshold reach it together; alone, with so few questions, one more may be wrong."""
+    scores, shown = scores_of(answers)
+    rows = [row for row in scores.values() if row.threshold == threshold and row.skill != NOT_REACHED]
+    assert sum(row.right for row in rows) >= threshold * sum(row.asked for row in rows), shown
+    for row in rows:
+        assert row.right + 1 >= threshold * row.asked, shown
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the checkpoint has not learnt it; its model card says so")
+def test_it_answers_backward_questions_as_well_as_it_must(answers: dict[str, str]) -> None:
+    scores, shown = scores_of(answers)
+    assert scores[NOT_REACHED].passed, shown
+
+
+def test_it_answers_backward_questions_as_well_as_it_did(answers: dict[str, str]) -> None:
+    scores, shown = scores_of(answers)
+    assert scores[NOT_REACHED].right >= 6, shown  # of 20; 7 when this was written
+
+
+def test_one_at_a_time_and_out_of_the_prefix_cache(server: Serve, answers: dict[str, str]) -> None:
+    hits = server.metric("prefix_cache_hit_tokens_total")
+    assert changed(server, answers, concurrency=1) == []
+    assert server.metric("prefix_cache_hit_tokens_total") > hits
+
+
+def test_without_a_prefix_cache(answers: dict[str, str]) -> None:
+    with served("--no-prefix-caching") as server:
+        assert changed(server, answers) == []
+        assert server.metric("prefix_cache_hit_tokens_total") == 0
+
+
+def test_on_two_ranks(answers: dict[str, str]) -> None:
+    with served("--tensor-parallel-size", "2") as server:
+        assert server.facts["tensor_parallel_size"] == "2"
+        assert changed(server, answers) == []
+
+
+def test_in_a_pool_so_small_that_requests_are_preempted(answers: dict[str, str]) -> None:
+    with served("--num-blocks", "48") as server:  # 768 tokens, for 64 prompts of up to some hundred and their answers
+        assert changed(server, answers, SHORT) == []
+        assert server.metric("preemptions_total") > 0
