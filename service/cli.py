@@ -98,15 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_request_options(parser: argparse.ArgumentParser) -> None:
+    from service.access import add_access_options
+
+    add_access_options(parser)
     add = parser.add_argument
-    add("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="the server (default: %(default)s)")
-    tls = parser.add_argument_group("security (default: plain text, no token)")
-    tls.add_argument("--tls", action="store_true", help="TLS, with the usual certificate authorities")
-    tls.add_argument("--tls-ca", metavar="FILE", help="TLS, with these certificate authorities (PEM)")
-    tls.add_argument("--tls-cert", metavar="FILE", help="a client certificate (PEM), for a server that wants one")
-    tls.add_argument("--tls-key", metavar="FILE", help="its key (PEM)")
-    tls.add_argument("--tls-server-name", metavar="NAME", help="the server's name, if not that in --target")
-    tls.add_argument("--token-file", metavar="FILE", help="a file with the bearer token (default: $LIGHTQWEN_TOKEN)")
     add("--system", metavar="TEXT", help="a system message to begin with")
     add("--thinking", action=argparse.BooleanOptionalAction, help="let the model think first (default: its template's)")
     sampling = parser.add_argument_group("sampling (default: the checkpoint's generation_config.json, then neutral)")

@@ -115,6 +115,8 @@ class GenerateOptions(TypedDict, total=False):
     text: bool | None
     token_ids: bool | None
     skip_special_tokens: bool | None
+    cache_salt: str | None
+    bypass_prefix_cache: bool | None
     request_id: str
     model: str
 
@@ -187,7 +189,7 @@ def build_request(prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Gen
     """
     given = _given(**options)
     request = GenerateRequest(prompt=build_prompt(prompt))
-    groups: tuple[Any, ...] = (request.sampling, request.stopping, request.output, request)
+    groups: tuple[Any, ...] = (request.sampling, request.stopping, request.output, request.cache, request)
     for group in groups:
         if fields := {name: given.pop(name) for name in group.DESCRIPTOR.fields_by_name if name in given}:
             group.MergeFrom(type(group)(**fields))
