@@ -1,4 +1,4 @@
-"""`lightqwen serve | generate | chat`: what a user types, and what they read.
+"""`lightqwen serve | generate | chat | bench`: what a user types, and what they read.
 
 Every failure is one readable line and an exit code other than 0. Only what the chosen command needs is imported: the
 client's commands run on the base installation, without the server's packages.
@@ -80,8 +80,34 @@ def _run_server(config: ServeConfig) -> int:
         terminal.close()
 
 
+def bench(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Run `lightqwen bench`: drive a running server and report.
+
+    Raises:
+        CommandError: it cannot run as asked.
+    """
+    from bench.load.errors import LoadError
+    from service.access import Access
+
+    access = Access.read(arguments)
+    terminal = Terminal(sys.stderr)
+    try:
+        from bench.load.command import run as run_bench
+
+        return run_bench(arguments, access, terminal, argv)
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; bench needs: pip install 'lightqwen[bench]'") from error
+    except LoadError as error:
+        raise CommandError(str(error)) from error
+    finally:
+        terminal.close()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, but for the options of `serve`: those are the fields of `service.config.ServeConfig`."""
+    from bench.load.options import add_options
+    from service.access import add_access_options
+
     parser = argparse.ArgumentParser(prog="lightqwen", description="Serve Qwen3 over gRPC, and talk to such a server.")
     parser.add_argument("--version", action="version", version=f"lightqwen {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -94,6 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk with the model; /reset begins anew, /quit or Ctrl-D ends")
     _add_request_options(chat)
+
+    bench = commands.add_parser("bench", help="measure a server: latencies and throughput under load")
+    add_access_options(bench)
+    add_options(bench)
     return parser
 
 
@@ -131,6 +161,8 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:
         return serve(argv[1:])
     arguments = build_parser().parse_args(argv)
+    if arguments.command == "bench":
+        return bench(arguments, argv)
     from service import talk
 
     return talk.generate(arguments) if arguments.command == "generate" else talk.chat(arguments)
