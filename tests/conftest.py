@@ -36,6 +36,8 @@ def demo_checkpoint() -> Path:
 
 # Whole servers, several machines, a cluster's life, trainings: what `make test-fast` leaves to `make test`.
 SLOW = (
+    "bench/test_load.py",
+    "bench/test_served.py",
     "helm",
     "model/demo",
     "observability",

@@ -114,7 +114,7 @@ class Summary:
     duration_s: float
     sent: int
     completed: int
-    interrupted: int
+    interrupted_requests: int
     failed: dict[str, int]
     """By status."""
     failure_examples: dict[str, str]
@@ -158,7 +158,7 @@ def summarise(records: Sequence[Record], limits: Mapping[str, float]) -> Summary
         duration_s=duration,
         sent=len(records),
         completed=len(completed),
-        interrupted=len(records) - len(completed) - len(failed),
+        interrupted_requests=len(records) - len(completed) - len(failed),
         failed=dict(Counter(record.status for record in failed)),
         failure_examples={record.status: record.detail for record in reversed(failed)},
         finish_reasons=dict(Counter(record.finish_reason for record in completed)),

@@ -112,7 +112,7 @@ def figures(result: Result) -> Iterator[tuple[str, str]]:
     if summary.failed:
         ended.append(f"{sum(summary.failed.values()):,} failed")
     if result.interrupted:
-        ended.append(f"{summary.interrupted:,} interrupted, {result.planned - summary.sent:,} not sent")
+        ended.append(f"{summary.interrupted_requests:,} interrupted, {result.planned - summary.sent:,} not sent")
     if result.left_out:
         ended.append(f"{result.left_out:,} left out as too long")
     yield "requests", f"{', '.join(ended)}; {summary.duration_s:,.2f} s; {summary.peak_running:,} in flight at most"
@@ -145,6 +145,9 @@ def warnings(result: Result) -> Iterator[str]:
         )
     late = result.summary.lateness
     if result.options["concurrency"] is None and late is not None and late.p99 > LATE_MS:
-        yield f"requests were sent up to {late.p99:,.0f} ms after they were due (p99): the client does not keep up"
+        yield (
+            f"requests were sent up to {late.p99:,.0f} ms after they were due (p99): the client does not keep up; "
+            "use more --processes, or run it on another machine"
+        )
     if full := result.summary.finish_reasons.get("CONTEXT_FULL"):
         yield f"{full:,} outputs ended early, as the model's context was full"
