@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
 @dataclass(slots=True, kw_only=True)
 class StepInputs:
-    """A batch of rows: first `num_decode_rows` rows of one query token each, then prefill chunks of any length.
+    """A batch of rows: decode rows of one query token each, and prefill chunks of any length.
 
     A row's queries are its newest tokens: query i of a row with q queries and kv_len k stands at position k - q + i and
     sees the keys 0 .. k - q + i. A dead row (padding of a CUDA graph, or a finished request that was still planned) has
-    kv_len 0 and kv_slots -1: it reads no keys, writes none, and its outputs are never used (they must still be finite).
+    kv_len 0 and kv_slots -1: it reads no keys, writes none, and its outputs are never used. Padding rows of a mixed
+    step's graph have no queries at all, and its padding tokens belong to no row.
+
+    What a step holds is known to the host only outside of a CUDA graph; in one, the numbers are bounds for all steps.
 
     All tensors are on the model's device; int32 unless said otherwise.
     """
@@ -24,9 +28,11 @@ class StepInputs:
     query_starts: torch.Tensor  # [rows + 1] first token of each row
     kv_lens: torch.Tensor  # [rows] keys that the row's last query sees, this step's included
     block_tables: torch.Tensor  # [rows, max_blocks] KV block of each block_size tokens; entries past kv_len are garbage
-    num_decode_rows: int
-    max_query_len: int  # over the prefill rows; 1 when there are none
-    max_kv_len: int  # an upper bound over all rows (inside a CUDA graph: the longest that can ever be)
+    num_decode_rows: int  # rows at the front that are known to have one query
+    max_chunk_rows: int  # at most so many rows have more than one
+    max_query_len: int  # over all rows
+    max_kv_len: int  # over all rows
+    attention_plan: Any = None  # what the attention backend's `plan` made of the step, for the layers' `forward`
 
     @property
     def num_rows(self) -> int:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from model.attention import AttentionBackend
+from model.attention import AttentionBackend, CapturedSteps
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.rope_kv import qk_norm_rope_store
@@ -230,6 +230,7 @@ class Qwen3ForCausalLM(nn.Module):
         kv_cache: [layers, 2, num_blocks, block_size, kv_heads of this rank, head_dim], keys at 0 and values at 1.
         Returns [tokens, hidden] in the model's dtype, the same on every rank.
         """
+        inputs.attention_plan = self._attention.plan(inputs)
         return self.model(inputs, kv_cache)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -237,9 +238,14 @@ class Qwen3ForCausalLM(nn.Module):
         return self.lm_head(hidden_states)
 
     @property
-    def capturable(self) -> bool:
-        """Whether a decode step may be captured in a CUDA graph; the attention backend decides."""
-        return self._attention.capturable
+    def graphs(self) -> CapturedSteps:
+        """Which steps may be captured in a CUDA graph; the attention backend decides."""
+        return self._attention.graphs
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of this rank's layers for one token, attention and head left out."""
+        return 2 * sum(parameter.numel() for parameter in self.model.layers.parameters())
 
     def materialize(self, device: torch.device) -> None:
         """Give a model made on `meta` memory on `device`; its weights then hold no values yet."""

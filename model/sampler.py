@@ -62,7 +62,7 @@ class SamplingTables:
 def sample(logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
     """Draw each row's next token; returns [rows] int32, -1 for a row whose logits hold a NaN or +inf.
 
-    logits: [rows, vocab_size] in the model's dtype, contiguous. slots: [rows] int64, each row's index into `tables`.
+    logits: [rows, vocab_size] in the model's dtype, contiguous. slots: [rows] int32, each row's index into `tables`.
     lengths: [rows] int32, tokens of the sequence so far, which is the position of the token that is drawn.
 
     In float32, in this order:

@@ -23,6 +23,16 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """The device on which Triton kernels run here: a GPU, or in Triton's interpreter the CPU."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 was not set in time"
+    return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
     return ROOT

@@ -50,6 +50,17 @@ ADMISSION = np.dtype(
 """What a slot's row in the device tables starts with."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBounds:
+    """How large a step is; for a captured one, how large it can be."""
+
+    num_tokens: int
+    num_decode_rows: int  # rows at the front that are known to have one query
+    max_chunk_rows: int  # at most so many rows have more than one
+    max_query_len: int
+    max_kv_len: int
+
+
 @dataclass(slots=True, kw_only=True)
 class StepPlan:
     """Rows of one query come first (`num_decode_rows` of them), then the prefill chunks."""
@@ -73,9 +84,19 @@ class StepPlan:
         return int(self.query_lens.sum())
 
     @property
+    def bounds(self) -> StepBounds:
+        return StepBounds(
+            num_tokens=self.num_tokens,
+            num_decode_rows=self.num_decode_rows,
+            max_chunk_rows=self.num_rows - self.num_decode_rows,
+            max_query_len=self.max_query_len,
+            max_kv_len=self.max_kv_len,
+        )
+
+    @property
     def is_decode(self) -> bool:
-        """Whether the step can be a captured one: nothing but single queries of sequences that have their slot."""
-        return self.num_decode_rows == self.num_rows and len(self.admissions) == 0
+        """Whether every row is a decode."""
+        return self.num_decode_rows == self.num_rows
 
     def encode(self) -> bytes:
         header = np.array(

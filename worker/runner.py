@@ -23,7 +23,7 @@ from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample
 from model.weights import load_model
 from worker.config import ConfigError, EngineConfig
-from worker.plan import StepPlan
+from worker.plan import StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
 from worker.tables import SlotTables, upload
 
@@ -36,39 +36,116 @@ _RESERVE_BYTES = 512 << 20
 """GPU memory left to what is not counted: CUDA graphs, communication buffers, cuBLAS workspaces."""
 
 
-def graph_sizes(max_running: int) -> list[int]:
-    """Row counts that get a graph of their own; a decode step is padded to the next one."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64)]
-    return [size for size in sizes if size < max_running] + [max_running]
+_DECODE_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64))
+_MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_FEW_ROWS = 8
+_LAUNCH_BOUND_FLOPS = 1e13
+"""A step of more takes the device longer (some 15 ms) than the host takes to launch it: padding it would be a waste."""
+
+
+def graph_shapes(runtime: RuntimeConfig, model: Qwen3ForCausalLM) -> list[_GraphShape]:
+    """The steps that get a graph of their own, cheapest first; a step is padded to the first that it fits."""
+    if model.graphs == "none":
+        return []
+    limit = runtime.max_running
+    shapes = [
+        _GraphShape.decode(rows, runtime.max_model_len)
+        for rows in [*(rows for rows in _DECODE_ROWS if rows < limit), limit]
+    ]
+    if model.graphs == "all":
+        most = min(runtime.max_batched_tokens, _LAUNCH_BOUND_FLOPS / model.flops_per_token)
+        shapes += [
+            _GraphShape.mixed(tokens, rows, runtime.max_model_len)
+            for tokens in _MIXED_TOKENS
+            if tokens <= most
+            for rows in sorted({min(_FEW_ROWS, limit), limit})
+        ]
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class _GraphShape:
+    """What a captured step has room for."""
+
+    num_rows: int
+    bounds: StepBounds
+    max_updates: int
+
+    @classmethod
+    def decode(cls, rows: int, max_model_len: int) -> _GraphShape:
+        """A step of decode rows alone; padding rows are dead decodes."""
+        bounds = StepBounds(
+            num_tokens=rows, num_decode_rows=rows, max_chunk_rows=0, max_query_len=1, max_kv_len=max_model_len
+        )
+        return cls(rows, bounds, max_updates=rows)
+
+    @classmethod
+    def mixed(cls, tokens: int, rows: int, max_model_len: int) -> _GraphShape:
+        """A step of any rows; padding rows have no tokens, padding tokens no row."""
+        bounds = StepBounds(
+            num_tokens=tokens,
+            num_decode_rows=0,
+            max_chunk_rows=min(rows, tokens // 2),
+            max_query_len=tokens,
+            max_kv_len=max_model_len,
+        )
+        return cls(rows, bounds, max_updates=rows + 128)
+
+    @property
+    def is_decode(self) -> bool:
+        return self.bounds.max_chunk_rows == 0
+
+    @property
+    def num_words(self) -> int:
+        """int32 words of its input: slots, query_lens, block updates."""
+        return 2 * self.num_rows + 3 * self.max_updates
+
+    def fits(self, plan: StepPlan) -> bool:
+        if self.is_decode and not plan.is_decode:
+            return False
+        return plan.num_rows <= self.num_rows and plan.num_tokens <= self.bounds.num_tokens
+
+    def fill(self, words: np.ndarray, plan: StepPlan, updates: np.ndarray, scratch_slot: int) -> None:
+        """Write the input for `plan` with `updates` [n, 3] into `words` [num_words] int32, padded."""
+        slots, query_lens = words[: 2 * self.num_rows].reshape(2, self.num_rows)
+        slots[: plan.num_rows] = plan.slots
+        slots[plan.num_rows :] = scratch_slot
+        query_lens[: plan.num_rows] = plan.query_lens
+        query_lens[plan.num_rows :] = int(self.is_decode)
+        entered = words[2 * self.num_rows :].reshape(self.max_updates, 3)
+        entered[: len(updates)] = updates
+        entered[len(updates) :] = (scratch_slot, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _StepGraph:
+    """One captured step, which reads its plan at the head of the runner's input buffer."""
+
+    shape: _GraphShape
+    graph: torch.cuda.CUDAGraph
+    tokens: torch.Tensor  # [rows] int32, overwritten by the next replay of any graph
+
+
+@dataclass(frozen=True, slots=True)
+class _HostBuffers:
+    """Pinned memory for one step in flight, so that no step waits for the allocator."""
+
+    input: torch.Tensor  # [words] int32
+    tokens: torch.Tensor  # [rows] int32
+    copied: torch.cuda.Event  # both copies have been made
+
+    @classmethod
+    def allocate(cls, words: int, rows: int) -> _HostBuffers:
+        def pinned(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.int32, pin_memory=True)
+
+        return cls(pinned(words), pinned(rows), torch.cuda.Event())  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
 class _Launched:
-    num_rows: int
-    tokens: torch.Tensor  # on the host
-    ready: torch.cuda.Event | None  # None: it is there already
-
-
-class _DecodeGraph:
-    """One captured decode step of a fixed number of rows; `inputs` is [slots | block updates] as int32."""
-
-    def __init__(self, size: int, inputs: torch.Tensor, graph: torch.cuda.CUDAGraph, tokens: torch.Tensor) -> None:
-        self.size = size
-        self._inputs = inputs
-        self._graph = graph
-        self._tokens = tokens
-
-    def replay(self, plan: StepPlan, scratch_slot: int) -> torch.Tensor:
-        """Run `plan` padded with dead rows; returns [size] int32 on the device, overwritten by the next replay."""
-        packed = np.zeros(4 * self.size, np.int32)
-        slots, updates = packed[: self.size], packed[self.size :].reshape(self.size, 3)
-        slots[: plan.num_rows] = plan.slots
-        slots[plan.num_rows :] = scratch_slot
-        updates[: len(plan.block_updates)] = plan.block_updates
-        updates[len(plan.block_updates) :, 0] = scratch_slot
-        self._inputs.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
-        self._graph.replay()
-        return self._tokens
+    tokens: torch.Tensor  # [rows] int32, on the host
+    copied: torch.cuda.Event | None  # None: they are there already
 
 
 class Runner:
@@ -84,9 +161,17 @@ class Runner:
         self._tables = tables
         self._kv_cache = kv_cache
         self._runtime = runtime
-        self._graphs: list[_DecodeGraph] = []
-        self._single_queries = torch.ones(runtime.max_running, dtype=torch.int32, device=runtime.device)
+        self._shapes = graph_shapes(runtime, model) if runtime.cuda_graphs else []
+        self._graphs: list[_StepGraph] = []  # in the order of the shapes: the first that fits a plan is the cheapest
+        self._input = torch.zeros(
+            max((shape.num_words for shape in self._shapes), default=0), dtype=torch.int32, device=runtime.device
+        )
         self._in_flight: deque[_Launched] = deque()
+        # One more than steps in flight: what was collected last may still be read.
+        self._free_buffers: deque[_HostBuffers] = deque(
+            _HostBuffers.allocate(len(self._input), runtime.max_running)
+            for _ in range(runtime.run_ahead + 2 if runtime.on_gpu else 0)
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -101,52 +186,56 @@ class Runner:
         """Start a step. On a GPU this returns while the device works."""
         if len(plan.admissions):
             self._tables.admit(plan)
-        graph = self._graph_for(plan)
-        if graph is not None:
-            tokens = graph.replay(plan, self._tables.scratch_slot)
-        else:
-            rows = plan.num_rows
-            packed = upload(
-                np.concatenate((plan.slots, plan.query_lens, plan.block_updates.reshape(-1))), self._runtime.device
-            )
-            if len(plan.block_updates):
-                self._tables.set_blocks(packed[2 * rows :].view(-1, 3))
-            tokens = self._step(packed[:rows].long(), packed[rows : 2 * rows], plan)
-        self._in_flight.append(self._to_host(tokens[: plan.num_rows]))
+        if not self._runtime.on_gpu:
+            self._in_flight.append(_Launched(self._run_eagerly(plan), None))
+            return
+        buffers = self._free_buffers[0]
+        self._free_buffers.rotate(-1)
+        graph = next((graph for graph in self._graphs if graph.shape.fits(plan)), None)
+        tokens = self._run_eagerly(plan) if graph is None else self._replay(graph, plan, buffers.input)
+        host = buffers.tokens[: plan.num_rows]
+        host.copy_(tokens[: plan.num_rows], non_blocking=True)
+        buffers.copied.record()
+        self._in_flight.append(_Launched(host, buffers.copied))
 
     def collect(self) -> np.ndarray:
-        """Wait for the oldest step in flight: [rows] int32 tokens, as `SlotTables.retire` gives them."""
+        """Wait for the oldest step in flight: [rows] int32 tokens, as `SlotTables.retire` gives them.
+
+        They are good until the next launch.
+        """
         launched = self._in_flight.popleft()
-        if launched.ready is not None:
-            launched.ready.synchronize()
+        if launched.copied is not None:
+            launched.copied.synchronize()
         return launched.tokens.numpy()
 
-    def _step(self, slots: torch.Tensor, query_lens: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """The whole step on the device; returns [rows] int32."""
-        # On a GPU the bound of the graphs, so that attention splits its rows in the same way with or without one.
-        max_kv_len = self._runtime.max_model_len if self._runtime.on_gpu else plan.max_kv_len
-        inputs, rows = self._tables.prepare(
-            slots, query_lens, num_tokens=plan.num_tokens, max_kv_len=max_kv_len, plan=plan
+    def _replay(self, graph: _StepGraph, plan: StepPlan, staged: torch.Tensor) -> torch.Tensor:
+        updates = plan.block_updates
+        if len(updates) > graph.shape.max_updates:
+            self._tables.set_blocks(upload(updates, self._runtime.device))
+            updates = updates[:0]
+        words = graph.shape.num_words
+        graph.shape.fill(staged[:words].numpy(), plan, updates, self._tables.scratch_slot)
+        self._input[:words].copy_(staged[:words], non_blocking=True)
+        graph.graph.replay()
+        return graph.tokens
+
+    def _run_eagerly(self, plan: StepPlan) -> torch.Tensor:
+        rows = plan.num_rows
+        packed = upload(
+            np.concatenate((plan.slots, plan.query_lens, plan.block_updates.reshape(-1))), self._runtime.device
         )
+        if len(plan.block_updates):
+            self._tables.set_blocks(packed[2 * rows :].view(-1, 3))
+        return self._step(packed[:rows], packed[rows : 2 * rows], plan.bounds)
+
+    def _step(self, slots: torch.Tensor, query_lens: torch.Tensor, bounds: StepBounds) -> torch.Tensor:
+        """The whole step on the device; returns [rows] int32."""
+        inputs, rows = self._tables.prepare(slots, query_lens, bounds)
         hidden = self._model(inputs, self._kv_cache)
-        logits = self._model.compute_logits(hidden[rows.last_tokens])
-        drawn = sample(logits, slots, self._tables.lengths(rows), self._tables.sampling)
+        if bounds.max_chunk_rows:  # else each row's only token is its last
+            hidden = hidden[rows.last_tokens]
+        drawn = sample(self._model.compute_logits(hidden), slots, rows.lengths, self._tables.sampling)
         return self._tables.retire(rows, drawn)
-
-    def _graph_for(self, plan: StepPlan) -> _DecodeGraph | None:
-        if not self._graphs or not plan.is_decode:
-            return None
-        needed = max(plan.num_rows, len(plan.block_updates))
-        return next((graph for graph in self._graphs if graph.size >= needed), None)
-
-    def _to_host(self, tokens: torch.Tensor) -> _Launched:
-        if tokens.device.type == "cpu":
-            return _Launched(len(tokens), tokens, None)
-        host = torch.empty(len(tokens), dtype=torch.int32, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
-        return _Launched(len(tokens), host, ready)
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -159,35 +248,35 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:
-        """Capture the decode steps, largest first so that the others fit into its memory."""
-        sizes = graph_sizes(self._runtime.max_running)
+        """Capture the steps, largest first so that the others fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        for done, size in enumerate(reversed(sizes)):
-            progress("capturing CUDA graphs", done, len(sizes))
-            self._graphs.append(self._capture_one(size, pool))
-        self._graphs.reverse()
+        nothing = self._dead_plan(0)
+        for done, shape in enumerate(sorted(self._shapes, key=lambda shape: -shape.bounds.num_tokens)):
+            progress("capturing CUDA graphs", done, len(self._shapes))
+            words = np.empty(shape.num_words, np.int32)
+            shape.fill(words, nothing, nothing.block_updates, self._tables.scratch_slot)
+            self._input[: shape.num_words] = upload(words, self._runtime.device)
+            self._graphs.append(self._capture_one(shape, pool))
+        self._graphs.sort(key=lambda graph: self._shapes.index(graph.shape))
         torch.cuda.synchronize()
 
-    def _capture_one(self, size: int, pool: Any) -> _DecodeGraph:
-        inputs = torch.zeros(4 * size, dtype=torch.int32, device=self._runtime.device)
-        inputs[:size] = self._tables.scratch_slot
-        inputs[size::3] = self._tables.scratch_slot
-        query_lens = self._single_queries[:size]  # a graph reads where its tensors lay: they must outlive it
-        plan = self._dead_plan(size)
+    def _capture_one(self, shape: _GraphShape, pool: Any) -> _StepGraph:
+        slots, query_lens = self._input[: 2 * shape.num_rows].view(2, shape.num_rows).unbind(0)
+        updates = self._input[2 * shape.num_rows : shape.num_words].view(shape.max_updates, 3)
 
         def step() -> torch.Tensor:
-            self._tables.set_blocks(inputs[size:].view(size, 3))
-            return self._step(inputs[:size].long(), query_lens, plan)
+            self._tables.set_blocks(updates)
+            return self._step(slots, query_lens, shape.bounds)
 
         step()  # compiles kernels and sets libraries up, which a capture must not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             tokens = step()
-        return _DecodeGraph(size, inputs, graph, tokens)
+        return _StepGraph(shape, graph, tokens)
 
     def _dead_plan(self, decode_rows: int, chunk_lens: Sequence[int] = ()) -> StepPlan:
-        """A step of dead rows, with the bounds that hold for every step."""
+        """A step of dead rows."""
         query_lens = np.array([1] * decode_rows + list(chunk_lens), np.int32)
         return StepPlan(
             step=0,
@@ -248,8 +337,7 @@ def build_runner(
     if runtime.on_gpu:
         progress("compiling kernels", 0, 0)
         runner.warm_up()
-        if runtime.cuda_graphs and model.capturable:
-            runner.capture(progress)
+        runner.capture(progress)
     return runner
 
 
@@ -296,7 +384,8 @@ def _measure_blocks(
     step_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    usable = free - int((1 - config.gpu_memory_utilization) * total) - step_bytes - _RESERVE_BYTES
+    steps = 2 if runtime.cuda_graphs else 1  # graphs keep memory of their own, beside that of eager steps
+    usable = free - int((1 - config.gpu_memory_utilization) * total) - steps * step_bytes - _RESERVE_BYTES
     logger.info(
         "kv sizing free_gib=%.1f step_gib=%.2f usable_gib=%.1f", free / 2**30, step_bytes / 2**30, usable / 2**30
     )
@@ -317,10 +406,11 @@ def _largest_step(
         kv_lens=torch.zeros(rows, dtype=torch.int32, device=device),
         block_tables=torch.zeros((rows, tables.max_blocks), dtype=torch.int32, device=device),
         num_decode_rows=0,
+        max_chunk_rows=rows,
         max_query_len=tokens,
         max_kv_len=runtime.max_model_len,
     )
     hidden = model(inputs, cache_of_one)
     logits = model.compute_logits(hidden[:rows])
-    slots = torch.full((rows,), tables.scratch_slot, dtype=torch.int64, device=device)
+    slots = torch.full((rows,), tables.scratch_slot, dtype=torch.int32, device=device)
     sample(logits, slots, torch.ones(rows, dtype=torch.int32, device=device), tables.sampling)

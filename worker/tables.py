@@ -5,6 +5,8 @@ The host tells the device about a slot once, when a sequence is seated (`admit`)
 tokens back and marks the rows that are done. All of it is free of host synchronisation and of data-dependent shapes, so
 that the same code runs eagerly and inside a CUDA graph. The last row is scratch: padding rows point there, and it is
 always done.
+
+The torch code here is the definition; `worker/table_kernels.py` computes the same on a GPU, with a launch for each.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model.inputs import StepInputs
+from model.kernels.runtime import use_triton
 from model.sampler import SamplingTables
 from worker.messages import MAX_STOP_IDS
-from worker.plan import ADMISSION, StepPlan
+from worker.plan import ADMISSION, StepBounds, StepPlan
 from worker.scheduler import BROKEN_ROW, NO_TOKEN
+from worker.table_kernels import admit_triton, enter_blocks_triton, prepare_triton, retire_triton
 
 SAMPLING_COLUMNS = (
     "temperature",
@@ -38,14 +43,27 @@ _FIELDS = {name: (dtype, offset) for name, (dtype, offset, *_) in (ADMISSION.fie
 """Type and offset in bytes of each field of an ADMISSION."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """The tables. Steps are their only writers."""
+
+    tokens: torch.Tensor  # [slots, max_model_len] int32: prompt and output
+    blocks: torch.Tensor  # [slots, max_blocks] int32: KV blocks in order
+    computed: torch.Tensor  # [slots] int32: tokens whose keys and values are in the cache
+    length: torch.Tensor  # [slots] int32: tokens that there are
+    max_length: torch.Tensor  # [slots] int32: at which the sequence is done
+    done: torch.Tensor  # [slots] bool
+    sampling: SamplingTables
+    block_size: int
+
+
 @dataclass(slots=True)
 class Rows:
-    """What `retire` needs of a prepared step."""
+    """What a step goes on with after the model."""
 
-    slots: torch.Tensor  # [rows] int64
-    live: torch.Tensor  # [rows] bool
-    computed_after: torch.Tensor  # [rows] int32
-    samples: torch.Tensor  # [rows] bool
+    slots: torch.Tensor  # [rows] int32
+    query_lens: torch.Tensor  # [rows] int32
+    lengths: torch.Tensor  # [rows] int32: the position that each row's next token gets
     last_tokens: torch.Tensor  # [rows] int64: index of the row's last token in the step
 
 
@@ -60,124 +78,147 @@ class SlotTables:
     ) -> None:
         rows = num_slots + 1
         self.scratch_slot = num_slots
-        self.block_size = block_size
         self.max_blocks = -(-max_model_len // block_size)
         self.device = device
-        self._tokens = torch.zeros((rows, max_model_len), dtype=torch.int32, device=device)
-        self._blocks = torch.zeros((rows, self.max_blocks), dtype=torch.int32, device=device)
-        self._computed = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._length = torch.ones(rows, dtype=torch.int32, device=device)
-        self._max_length = torch.ones(rows, dtype=torch.int32, device=device)
-        self._done = torch.ones(rows, dtype=torch.bool, device=device)
-        self.sampling = SamplingTables.allocate(rows, vocab_size, MAX_STOP_IDS, device)
+        self.state = SlotState(
+            tokens=torch.zeros((rows, max_model_len), dtype=torch.int32, device=device),
+            blocks=torch.zeros((rows, self.max_blocks), dtype=torch.int32, device=device),
+            computed=torch.zeros(rows, dtype=torch.int32, device=device),
+            length=torch.ones(rows, dtype=torch.int32, device=device),
+            max_length=torch.ones(rows, dtype=torch.int32, device=device),
+            done=torch.ones(rows, dtype=torch.bool, device=device),
+            sampling=SamplingTables.allocate(rows, vocab_size, MAX_STOP_IDS, device),
+            block_size=block_size,
+        )
+        self.use_triton = use_triton(self.state.done)
+
+    @property
+    def sampling(self) -> SamplingTables:
+        return self.state.sampling
 
     def admit(self, plan: StepPlan) -> None:
         """Write the rows of the sequences that the plan seats."""
-        # One upload for all records: every field is a column of the same bytes, read as its own type.
-        words = upload(plan.admissions.view(np.int32).reshape(len(plan.admissions), -1), self.device)
-        as_type = {"<i4": words, "<f4": words.view(torch.float32), "<i8": words.view(torch.int64)}
-
-        def column(name: str) -> torch.Tensor:
-            dtype, offset = _FIELDS[name]
-            width = dtype.shape[0] if dtype.shape else 1
-            first = offset // dtype.base.itemsize
-            columns = as_type[dtype.base.str][:, first : first + width]
-            return columns if dtype.shape else columns[:, 0]
-
-        slots = column("slot").long()
-        self._computed[slots] = column("num_cached")
-        self._length[slots] = column("num_ids")
-        self._max_length[slots] = column("max_length")
-        self._done.index_fill_(0, slots, False)
-        for name in SAMPLING_COLUMNS:
-            getattr(self.sampling, name)[slots] = column(name)
+        records = upload(plan.admissions.view(np.int32).reshape(len(plan.admissions), -1), self.device)
         ids = upload(plan.admitted_ids, self.device)
-        offset = 0
-        for record in plan.admissions:
-            slot, num_ids = int(record["slot"]), int(record["num_ids"])
-            own = ids[offset : offset + num_ids]
-            offset += num_ids
-            self._tokens[slot, :num_ids] = own
-            if record["penalizes"]:
-                self._count(slot, own, int(record["num_prompt"]))
+        if self.use_triton:
+            admit_triton(self.state, records, ids)
+        else:
+            admit_torch(self.state, records, ids, plan.admissions)
 
     def set_blocks(self, updates: torch.Tensor) -> None:
         """Enter new KV blocks: [n, 3] int32 of slot, index in its block table, block (on the device)."""
-        slots, indices, blocks = updates.long().unbind(1)
-        self._blocks[slots, indices] = blocks.int()
-
-    def prepare(
-        self, slots: torch.Tensor, query_lens: torch.Tensor, *, num_tokens: int, max_kv_len: int, plan: StepPlan
-    ) -> tuple[StepInputs, Rows]:
-        """Gather a step's inputs. `slots` [rows] int64, `query_lens` [rows] int32; other sizes come from the plan."""
-        live = ~self._done[slots]
-        before = self._computed[slots]
-        after = before + query_lens
-        starts = torch.zeros(len(slots) + 1, dtype=torch.int32, device=self.device)
-        torch.cumsum(query_lens, 0, dtype=torch.int32, out=starts[1:])
-        if num_tokens == len(slots):
-            row_of = torch.arange(num_tokens, device=self.device)
+        if self.use_triton:
+            enter_blocks_triton(self.state, updates)
         else:
-            row_of = torch.repeat_interleave(
-                torch.arange(len(slots), device=self.device), query_lens, output_size=num_tokens
+            slots, indices, blocks = updates.long().unbind(1)
+            self.state.blocks[slots, indices] = blocks.int()
+
+    def prepare(self, slots: torch.Tensor, query_lens: torch.Tensor, bounds: StepBounds) -> tuple[StepInputs, Rows]:
+        """Gather a step's inputs. `slots` and `query_lens`: [rows] int32, of at most `bounds.num_tokens` tokens."""
+        if self.use_triton:
+            made = prepare_triton(
+                self.state, slots, query_lens, bounds.num_tokens, decode_only=bounds.max_chunk_rows == 0
             )
-        positions = before[row_of] + (torch.arange(num_tokens, dtype=torch.int32, device=self.device) - starts[row_of])
-        token_slots = slots[row_of]
-        block = self._blocks[token_slots, (positions // self.block_size).long()]
-        kv_slots = block.long() * self.block_size + positions % self.block_size
+        else:
+            made = prepare_torch(self.state, slots, query_lens, bounds.num_tokens)
+        rows = Rows(slots, query_lens, made.pop("lengths"), made.pop("last_tokens"))
         inputs = StepInputs(
-            token_ids=self._tokens[token_slots, positions.long()],
-            positions=positions,
-            kv_slots=torch.where(live[row_of], kv_slots, -1),
-            query_starts=starts,
-            kv_lens=torch.where(live, after, 0),
-            block_tables=self._blocks[slots],
-            num_decode_rows=plan.num_decode_rows,
-            max_query_len=plan.max_query_len,
-            max_kv_len=max_kv_len,
-        )
-        rows = Rows(
-            slots=slots,
-            live=live,
-            computed_after=after,
-            samples=live & (after == self._length[slots]),
-            last_tokens=(starts[1:] - 1).long(),
+            **made,
+            num_decode_rows=bounds.num_decode_rows,
+            max_chunk_rows=bounds.max_chunk_rows,
+            max_query_len=bounds.max_query_len,
+            max_kv_len=bounds.max_kv_len,
         )
         return inputs, rows
-
-    def lengths(self, rows: Rows) -> torch.Tensor:
-        """[rows] int32: the position that each row's next token gets."""
-        return self._length[rows.slots]
 
     def retire(self, rows: Rows, drawn: torch.Tensor) -> torch.Tensor:
         """Write the drawn tokens ([rows] int32, -1 where the logits hold a NaN) back and advance the rows.
 
         Returns [rows] int32: the token, NO_TOKEN where the row drew none, BROKEN_ROW where it holds a NaN.
         """
-        slots = rows.slots
-        broken = rows.samples & (drawn < 0)
-        valid = rows.samples & (drawn >= 0)
-        length = self._length[slots]
-        # Rows that write nothing write to the scratch row, so that no shape depends on the data; and what they write is
-        # a token, since padding rows read it there.
-        targets = torch.where(valid, slots, self.scratch_slot)
-        written = torch.where(valid, drawn, 0)
-        self._tokens[targets, torch.where(valid, length, 0).long()] = written
-        self.sampling.counts[targets, written.long()] += 2
-        self._computed[slots] = torch.where(rows.live, rows.computed_after, self._computed[slots])
-        length = length + valid.int()
-        self._length[slots] = length
-        stopped = (drawn[:, None] == self.sampling.stop_ids[slots]).any(1) & valid
-        full = valid & (length == self._max_length[slots])
-        self._done[slots] = ~rows.live | stopped | full | broken
-        return torch.where(valid, drawn, torch.where(broken, BROKEN_ROW, NO_TOKEN)).int()
+        if self.use_triton:
+            return retire_triton(
+                self.state, rows.slots, rows.query_lens, drawn, no_token=NO_TOKEN, broken_row=BROKEN_ROW
+            )
+        return retire_torch(self.state, rows.slots, rows.query_lens, drawn)
 
-    def _count(self, slot: int, ids: torch.Tensor, num_prompt: int) -> None:
-        counts = self.sampling.counts[slot]
-        counts.zero_()
-        output = ids[num_prompt:].long()
-        counts.index_add_(0, output, torch.full_like(output, 2, dtype=counts.dtype))
-        counts[ids[:num_prompt].long()] |= 1
+
+def admit_torch(state: SlotState, records: torch.Tensor, ids: torch.Tensor, admissions: np.ndarray) -> None:
+    """`SlotTables.admit`; `records` are the ADMISSIONs `admissions` as [admissions, words] int32."""
+    as_type = {"<i4": records, "<f4": records.view(torch.float32), "<i8": records.view(torch.int64)}
+
+    def column(name: str) -> torch.Tensor:
+        dtype, offset = _FIELDS[name]
+        width = dtype.shape[0] if dtype.shape else 1
+        first = offset // dtype.base.itemsize
+        columns = as_type[dtype.base.str][:, first : first + width]
+        return columns if dtype.shape else columns[:, 0]
+
+    slots = column("slot").long()
+    state.computed[slots] = column("num_cached")
+    state.length[slots] = column("num_ids")
+    state.max_length[slots] = column("max_length")
+    state.done.index_fill_(0, slots, False)
+    for name in SAMPLING_COLUMNS:
+        getattr(state.sampling, name)[slots] = column(name)
+    offset = 0
+    for record in admissions:
+        slot, num_ids, num_prompt = (int(record[name]) for name in ("slot", "num_ids", "num_prompt"))
+        own = ids[offset : offset + num_ids]
+        offset += num_ids
+        state.tokens[slot, :num_ids] = own
+        if record["penalizes"]:
+            counts = state.sampling.counts[slot]
+            counts.zero_()
+            output = own[num_prompt:].long()
+            counts.index_add_(0, output, torch.full_like(output, 2, dtype=counts.dtype))
+            counts[own[:num_prompt].long()] |= 1
+
+
+def prepare_torch(
+    state: SlotState, slots: torch.Tensor, query_lens: torch.Tensor, num_tokens: int
+) -> dict[str, torch.Tensor]:
+    """`SlotTables.prepare`: its tensors by their names in `StepInputs` and `Rows`."""
+    device = slots.device
+    live = ~state.done[slots] & (query_lens > 0)
+    before = state.computed[slots]
+    after = before + query_lens
+    starts = torch.zeros(len(slots) + 1, dtype=torch.int32, device=device)
+    torch.cumsum(query_lens, 0, dtype=torch.int32, out=starts[1:])
+    row_of = torch.repeat_interleave(torch.arange(len(slots), device=device), query_lens)
+    positions = before[row_of] + (torch.arange(len(row_of), dtype=torch.int32, device=device) - starts[row_of])
+    token_slots = slots[row_of]
+    block = state.blocks[token_slots, positions // state.block_size]
+    kv_slots = torch.where(live[row_of], block.long() * state.block_size + positions % state.block_size, -1)
+    unowned = (0, num_tokens - len(row_of))
+    return {
+        "token_ids": F.pad(state.tokens[token_slots, positions], unowned),
+        "positions": F.pad(positions, unowned),
+        "kv_slots": F.pad(kv_slots, unowned, value=-1),
+        "query_starts": starts,
+        "kv_lens": torch.where(live, after, 0),
+        "block_tables": state.blocks[slots],
+        "lengths": state.length[slots],
+        "last_tokens": (starts[1:] - 1).clamp(min=0).long(),
+    }
+
+
+def retire_torch(state: SlotState, slots: torch.Tensor, query_lens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """`SlotTables.retire`."""
+    live = ~state.done[slots] & (query_lens > 0)
+    length = state.length[slots]
+    after = state.computed[slots] + query_lens
+    samples = live & (after == length)
+    valid, broken = samples & (drawn >= 0), samples & (drawn < 0)
+    state.computed[slots[live]] = after[live]
+    written, tokens = slots[valid], drawn[valid]
+    state.tokens[written, length[valid]] = tokens
+    state.sampling.counts[written, tokens] += 2
+    state.length[written] = length[valid] + 1
+    stopped = (tokens[:, None] == state.sampling.stop_ids[written]).any(1)
+    state.done[written] = stopped | (length[valid] + 1 == state.max_length[written])
+    state.done[slots[broken]] = True
+    return torch.where(valid, drawn, torch.where(broken, BROKEN_ROW, NO_TOKEN)).int()
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ where they are installed. Backends are imported only when chosen, so that none o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 
@@ -15,13 +15,20 @@ from model.errors import ModelError
 from model.inputs import StepInputs
 
 BackendName = Literal["torch", "triton", "flash"]
+CapturedSteps = Literal["none", "decode", "all"]
 
 
 class AttentionBackend(Protocol):
     """Causal grouped-query attention. Stateless between calls as far as a caller can see; one serves every layer."""
 
-    capturable: bool
-    """Whether `forward` over decode rows may be captured in a CUDA graph (it never waits for the device)."""
+    @property
+    def graphs(self) -> CapturedSteps:
+        """Which steps may be captured in a CUDA graph: those of decode rows alone, or all, or none."""
+        ...
+
+    def plan(self, inputs: StepInputs) -> Any:
+        """Return what every layer's `forward` needs to know of a step; it becomes `inputs.attention_plan`."""
+        ...
 
     def forward(
         self,
@@ -30,7 +37,7 @@ class AttentionBackend(Protocol):
         value_cache: torch.Tensor,  # same
         inputs: StepInputs,
     ) -> torch.Tensor:
-        """Return [tokens, heads, head_dim]: what each query reads from its row's keys. Dead rows get finite values."""
+        """Return [tokens, heads, head_dim]: what each query reads from its row's keys; anything for dead rows."""
         ...
 
 

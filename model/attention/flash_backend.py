@@ -20,13 +20,14 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 
 from model.errors import ModelError
 from model.inputs import StepInputs
-from model.kernels.attention import paged_decode_triton
+from model.kernels.attention import AttentionPlan, paged_attention_triton, plan_attention
 
 _INSTALL = "pip install 'lightqwen[flash]', or use attention backend triton"
 
@@ -34,7 +35,7 @@ _INSTALL = "pip install 'lightqwen[flash]', or use attention backend triton"
 class FlashAttention:
     """Implements `AttentionBackend`; see there."""
 
-    capturable = True
+    graphs: Final = "decode"  # the packages read lengths of the step on the host
 
     def __init__(
         self,
@@ -50,8 +51,28 @@ class FlashAttention:
         """Raises ModelError where no package is installed that can serve this GPU, dtype and block size."""
         if dtype not in (torch.bfloat16, torch.float16):
             raise ModelError(f"attention backend flash computes in bfloat16 or float16, not {dtype}; use triton")
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
         self._scale = scale
+        self._dtype = dtype
         self._prefill = _find_prefill(block_size, device)
+
+    def plan(self, inputs: StepInputs) -> AttentionPlan | None:
+        """List the decode rows' units of work; prefill rows are the package's own business."""
+        decodes = inputs.num_decode_rows
+        if decodes == 0:
+            return None
+        return plan_attention(
+            inputs.query_starts[: decodes + 1],
+            inputs.kv_lens[:decodes],
+            num_tokens=decodes,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_dim=self._head_dim,
+            dtype=self._dtype,
+            max_chunk_rows=0,
+        )
 
     def forward(
         self, q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
@@ -77,14 +98,15 @@ class FlashAttention:
     ) -> torch.Tensor:
         """Fill the decode rows of `out` and return it."""
         decodes = inputs.num_decode_rows
-        paged_decode_triton(
+        paged_attention_triton(
             q[:decodes],
             key_cache,
             value_cache,
             inputs.block_tables[:decodes],
+            inputs.query_starts[: decodes + 1],
             inputs.kv_lens[:decodes],
             self._scale,
-            inputs.max_kv_len,
+            inputs.attention_plan,
             out[:decodes],
         )
         return out

@@ -8,6 +8,8 @@ the host, so on a GPU this cannot be part of a CUDA graph.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,7 @@ from model.inputs import StepInputs
 class TorchAttention:
     """Implements `AttentionBackend`; see there. Not for several threads at once: they would share its buffers."""
 
-    capturable = False
+    graphs: Final = "none"
 
     def __init__(
         self,
@@ -35,17 +37,20 @@ class TorchAttention:
         self._block_size = block_size
         self._gathered = torch.empty(2, 0, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
 
+    def plan(self, inputs: StepInputs) -> list[tuple[int, slice, int]]:
+        """List the living rows: row, its queries, its kv_len."""
+        starts = inputs.query_starts.tolist()
+        lens = inputs.kv_lens.tolist()
+        return [(row, slice(starts[row], starts[row + 1]), kv_len) for row, kv_len in enumerate(lens) if kv_len]
+
     def forward(
         self, q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim]; zeros for dead rows and for tokens of no row."""
         out = torch.zeros_like(q)
-        starts = inputs.query_starts.tolist()
-        for row, kv_len in enumerate(inputs.kv_lens.tolist()):
-            if kv_len:
-                queries = slice(starts[row], starts[row + 1])
-                keys, values = self._gather(key_cache, value_cache, inputs.block_tables[row], kv_len)
-                out[queries] = self._attend(q[queries], keys, values)
+        for row, queries, kv_len in inputs.attention_plan:
+            keys, values = self._gather(key_cache, value_cache, inputs.block_tables[row], kv_len)
+            out[queries] = self._attend(q[queries], keys, values)
         return out
 
     def _gather(

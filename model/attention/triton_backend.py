@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from model.errors import ModelError
 from model.inputs import StepInputs
-from model.kernels.attention import paged_decode_triton, paged_prefill_triton
+from model.kernels.attention import AttentionPlan, paged_attention_triton, plan_attention
 
 
 class TritonAttention:
     """Implements `AttentionBackend`; see there."""
 
-    capturable = True
+    graphs: Final = "all"
 
     def __init__(
         self,
@@ -28,35 +30,36 @@ class TritonAttention:
         """Raises ModelError for a block size that is no power of two of at least 16."""
         if block_size < 16 or block_size & (block_size - 1):
             raise ModelError(f"attention backend triton needs a block size of 16, 32, 64, ..., not {block_size}")
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
         self._scale = scale
+        self._dtype = dtype
+
+    def plan(self, inputs: StepInputs) -> AttentionPlan:
+        """List the step's units of work on the device."""
+        return plan_attention(
+            inputs.query_starts,
+            inputs.kv_lens,
+            num_tokens=inputs.num_tokens,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_dim=self._head_dim,
+            dtype=self._dtype,
+            max_chunk_rows=inputs.max_chunk_rows,
+        )
 
     def forward(
         self, q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim]; zeros for dead rows. Tokens of no row are undefined."""
-        out = torch.empty_like(q)
-        decodes = inputs.num_decode_rows
-        if decodes:
-            paged_decode_triton(
-                q[:decodes],
-                key_cache,
-                value_cache,
-                inputs.block_tables[:decodes],
-                inputs.kv_lens[:decodes],
-                self._scale,
-                inputs.max_kv_len,
-                out[:decodes],
-            )
-        if inputs.num_rows > decodes:
-            paged_prefill_triton(
-                q,
-                key_cache,
-                value_cache,
-                inputs.block_tables[decodes:],
-                inputs.query_starts[decodes:],
-                inputs.kv_lens[decodes:],
-                self._scale,
-                inputs.max_query_len,
-                out,
-            )
-        return out
+        return paged_attention_triton(
+            q,
+            key_cache,
+            value_cache,
+            inputs.block_tables,
+            inputs.query_starts,
+            inputs.kv_lens,
+            self._scale,
+            inputs.attention_plan,
+        )

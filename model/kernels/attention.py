@@ -1,9 +1,11 @@
-"""Attention over the paged KV cache: decode (one query a row, split over the KV length) and varlen prefill.
+"""Attention over the paged KV cache, for rows of one query (decode) and of many (prefill chunks) in any mixture.
 
 Both kernels keep a running maximum and sum of base-2 exponentials per query (online softmax, Milakov & Gimelshein 2018;
-FlashAttention-2, Dao 2023) and accumulate in float32. Decode splits long rows over several programs, whose partial
-results a second kernel merges by their log-sum-exp (flash-decoding); how many there are follows from the shapes alone,
-so that a CUDA graph can hold both launches.
+FlashAttention-2, Dao 2023) and accumulate in float32. Long decode rows are split over several programs, as in
+flash-decoding; the one that ends last merges what they found, by their log-sum-exp and in a fixed order.
+
+Which program computes what stands in work lists on the device, made once per step (`plan_attention`) and read by every
+layer's launches. So a CUDA graph holds launches whose bounds are fixed and whose work follows the lengths of the step.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,38 +14,38 @@ so that a CUDA graph can hold both launches.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
-_DECODE_TILE = 64  # keys that a decode program reads at a time
-_DECODE_PROGRAMS = 528  # programs that fill a GPU: four for each of an H200's 132 multiprocessors
-_MAX_SPLITS = 64
+_DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
+_DECODE_PROGRAMS = 1056  # into how many programs long rows are split: eight for each of an H200's 132 multiprocessors
+_MIN_SPLIT = 128  # keys of a split at least: a shorter one costs more to merge than it saves
 
 
-def paged_decode(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
-    scale: float,
-    max_kv_len: int,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attend from each row's one query to the row's kv_len keys.
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """Which part of which row each unit of work is; a row's units follow one another."""
 
-    q: [rows, heads, head_dim], contiguous. key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim],
-    contiguous. block_tables: [rows, max_blocks] int32, entries past kv_len are never followed. kv_lens: [rows] int32; 0
-    gives zeros. `scale` multiplies the scores. max_kv_len bounds kv_lens. Writes into `out` [rows, heads, head_dim]
-    where it is given, and returns it.
-    """
-    implementation = paged_decode_triton if use_triton(q) else paged_decode_torch
-    return implementation(q, key_cache, value_cache, block_tables, kv_lens, scale, max_kv_len, out)
+    rows: torch.Tensor  # [units] int32: the row; -1: nothing to do
+    firsts: torch.Tensor  # [rows + 1] int32: each row's first unit, and behind the last the number of units
 
 
-def paged_prefill(
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """A step's work lists, and the scratch memory of its launches."""
+
+    splits: WorkList  # of rows of one query: their keys, in parts of nearly equal length
+    tiles: WorkList  # of other rows: their queries, in tiles; of length 0 where the step can have none
+    partial_out: torch.Tensor  # [units of `splits`, heads, head_dim] float32
+    partial_lse: torch.Tensor  # [units of `splits`, heads] float32, base 2
+    arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
+
+
+def paged_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -51,34 +53,36 @@ def paged_prefill(
     query_starts: torch.Tensor,
     kv_lens: torch.Tensor,
     scale: float,
-    max_query_len: int,
+    *,
+    max_chunk_rows: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend causally from each row's newest tokens to the row's kv_len keys, theirs included.
 
-    As `paged_decode`, with q: [tokens, heads, head_dim] and query_starts: [rows + 1] int32, where in q each row begins
-    and the last one ends. Query i of a row with n queries sees keys 0 .. kv_len - n + i. max_query_len bounds n. Tokens
-    that belong to no row are left as `out` has them.
+    q: [tokens, heads, head_dim], contiguous. key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim],
+    contiguous. block_tables: [rows, max_blocks] int32, entries past kv_len are never followed. query_starts: [rows + 1]
+    int32, where in q each row begins and the last one ends. kv_lens: [rows] int32. `scale` multiplies the scores.
+    Query i of a row with n queries sees keys 0 .. kv_len - n + i; a row with kv_len 0 gets zeros. At most
+    `max_chunk_rows` rows have more than one query (default: any number). Writes into `out` [tokens, heads, head_dim]
+    where it is given, and returns it; tokens that belong to no row are left as `out` has them.
     """
-    implementation = paged_prefill_triton if use_triton(q) else paged_prefill_torch
-    return implementation(q, key_cache, value_cache, block_tables, query_starts, kv_lens, scale, max_query_len, out)
+    tensors = (q, key_cache, value_cache, block_tables, query_starts, kv_lens)
+    if not use_triton(q):
+        return paged_attention_torch(*tensors, scale, out)
+    plan = plan_attention(
+        query_starts,
+        kv_lens,
+        num_tokens=q.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=key_cache.shape[2],
+        head_dim=q.shape[2],
+        dtype=q.dtype,
+        max_chunk_rows=max_chunk_rows,
+    )
+    return paged_attention_triton(*tensors, scale, plan, out)
 
 
-def paged_decode_torch(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
-    scale: float,
-    max_kv_len: int,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    query_starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
-    return paged_prefill_torch(q, key_cache, value_cache, block_tables, query_starts, kv_lens, scale, 1, out)
-
-
-def paged_prefill_torch(
+def paged_attention_torch(
     q: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -86,7 +90,6 @@ def paged_prefill_torch(
     query_starts: torch.Tensor,
     kv_lens: torch.Tensor,
     scale: float,
-    max_query_len: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(q) if out is None else out
@@ -120,75 +123,195 @@ def _causal_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     return torch.einsum("kgqn,nkd->qkgd", weights, values.float()).reshape(q.shape).to(q.dtype)
 
 
-def paged_decode_triton(
+def plan_attention(
+    query_starts: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    max_chunk_rows: int | None = None,
+) -> AttentionPlan:
+    """Divide a step's attention into units of work; the arguments are those of `paged_attention`. Triton only.
+
+    The lists depend on the lengths alone, not on how many rows of no query stand behind them: a step gives the same
+    bits with and without a CUDA graph's padding.
+    """
+    rows, device = kv_lens.shape[0], kv_lens.device
+    max_chunk_rows = rows if max_chunk_rows is None else min(max_chunk_rows, rows)
+    target = triton.cdiv(_DECODE_PROGRAMS, num_kv_heads)
+    max_splits = rows + target
+    queries = _prefill_tiles(dtype)["QUERIES"]
+    max_tiles = num_tokens // queries + max_chunk_rows if max_chunk_rows else 0
+
+    def empty(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device=device)
+
+    plan = AttentionPlan(
+        splits=WorkList(empty(max_splits), empty(rows + 1)),
+        tiles=WorkList(empty(max_tiles), empty(rows + 1)),
+        partial_out=empty(max_splits, num_heads, head_dim, of=torch.float32),
+        partial_lse=empty(max_splits, num_heads, of=torch.float32),
+        arrivals=empty(rows, num_kv_heads),
+    )
+    _plan_kernel[(2 if max_tiles else 1,)](
+        query_starts,
+        kv_lens,
+        plan.splits.rows,
+        plan.splits.firsts,
+        plan.tiles.rows,
+        plan.tiles.firsts,
+        plan.arrivals,
+        rows,
+        max_splits,
+        max_tiles,
+        target,
+        KV_HEADS=num_kv_heads,
+        ROWS=max(256, triton.next_power_of_2(rows)),
+        TILE=_DECODE_TILE,
+        MIN_SPLIT=_MIN_SPLIT,
+        QUERIES=queries,
+        num_warps=8,
+    )
+    return plan
+
+
+def paged_attention_triton(
     q: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
     kv_lens: torch.Tensor,
     scale: float,
-    max_kv_len: int,
+    plan: AttentionPlan,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    rows, heads, head_dim = q.shape
+    _, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = key_cache.shape
     out = torch.empty_like(q) if out is None else out
-    _check_layouts(q, out, key_cache, value_cache, block_tables)
-    splits = _num_splits(rows * kv_heads, max_kv_len)
-    partial_shape = (rows, heads, splits) if splits > 1 else (0, 0, 0)
-    partial_out = torch.empty((*partial_shape, head_dim), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
-    group = heads // kv_heads
-    _decode_kernel[(kv_heads, splits, rows)](
+    assert all(x.is_contiguous() for x in (q, out, key_cache, value_cache)), "q, out and the caches are contiguous"
+    assert block_tables.stride(1) == 1, "a row's block table is contiguous"
+    shape = {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_SIZE": block_size,
+    }
+    _decode_kernel[(kv_heads, plan.splits.rows.shape[0])](
         q,
         key_cache,
         value_cache,
         block_tables,
+        query_starts,
         kv_lens,
+        plan.splits.rows,
+        plan.splits.firsts,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.arrivals,
         out,
-        partial_out,
-        partial_lse,
         scale / math.log(2),
         block_tables.stride(0),
-        splits,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim,
-        HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)),
         TILE=_DECODE_TILE,
-        SPLIT=splits > 1,
-        num_warps=4,
-        num_stages=5 if q.element_size() == 2 else 2,  # of which the block table's load takes some
+        **shape,
+        **_decode_launch(q.dtype),
     )
-    if splits > 1:
-        _merge_kernel[(heads, rows)](
-            partial_out,
-            partial_lse,
+    if plan.tiles.rows.shape[0]:
+        _prefill_kernel[(heads, plan.tiles.rows.shape[0])](
+            q,
+            key_cache,
+            value_cache,
+            block_tables,
+            query_starts,
             kv_lens,
+            plan.tiles.rows,
+            plan.tiles.firsts,
             out,
-            splits,
-            HEAD_DIM=head_dim,
-            HEAD_BLOCK=triton.next_power_of_2(head_dim),
-            TILE=_DECODE_TILE,
-            MAX_SPLITS=_MAX_SPLITS,
-            num_warps=4,
+            scale / math.log(2),
+            block_tables.stride(0),
+            **shape,
+            **_prefill_tiles(q.dtype),
         )
     return out
 
 
-def _num_splits(programs: int, max_kv_len: int) -> int:
-    """Return into how many parts each row's keys are split, given how many programs there are without it."""
-    wanted = triton.cdiv(_DECODE_PROGRAMS, max(programs, 1)) if programs < _DECODE_PROGRAMS else 1
-    return max(1, min(wanted, triton.cdiv(max_kv_len, _DECODE_TILE), _MAX_SPLITS))
+def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
+    """Return warps and pipeline stages, of which the block table's load takes one."""
+    return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
 
 
-def _check_layouts(
-    q: torch.Tensor, out: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, tables: torch.Tensor
-) -> None:
-    assert all(x.is_contiguous() for x in (q, out, key_cache, value_cache)), "q, out and the caches are contiguous"
-    assert tables.stride(1) == 1, "a row's block table is contiguous"
+def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the tiles for bf16 on Hopper's matrix units, or for float32, which has none and must fit in registers."""
+    if dtype.itemsize == 2:
+        return {"QUERIES": 128, "TILE": 64, "num_warps": 8, "num_stages": 3}
+    return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
+
+
+@jit_once("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles", "target")
+def _plan_kernel(
+    query_starts_ptr,  # [num_rows + 1] int32
+    kv_lens_ptr,  # [num_rows] int32
+    split_rows_ptr,  # [max_splits] int32
+    split_firsts_ptr,  # [num_rows + 1] int32
+    tile_rows_ptr,  # [max_tiles] int32
+    tile_firsts_ptr,  # [num_rows + 1] int32
+    arrivals_ptr,  # [num_rows, KV_HEADS] int32
+    num_rows,
+    max_splits,
+    max_tiles,
+    target,  # splits of a KV head, beyond one for each row
+    KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Program 0 lists the splits of rows of one query, program 1 the tiles of the others."""
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    begin = tl.load(query_starts_ptr + row, mask=is_row, other=0)
+    num_queries = tl.load(query_starts_ptr + row + 1, mask=is_row, other=0) - begin
+    if tl.program_id(0) == 0:
+        single = num_queries == 1
+        kv_len = tl.where(single, tl.load(kv_lens_ptr + row, mask=is_row, other=0), 0)
+        split_len = tl.cdiv(tl.cdiv(tl.sum(kv_len, axis=0), target), TILE) * TILE
+        split_len = tl.maximum(split_len, MIN_SPLIT)
+        # A row without keys has one split too: it writes the zeros.
+        count = tl.where(single, tl.maximum(tl.cdiv(kv_len, split_len), 1), 0)
+        _list_units(count, row, is_row, split_rows_ptr, split_firsts_ptr, num_rows, max_splits, ROWS)
+        for kv_head in range(KV_HEADS):
+            tl.store(arrivals_ptr + row * KV_HEADS + kv_head, 0, mask=is_row)
+    else:
+        count = tl.where(num_queries > 1, tl.cdiv(num_queries, QUERIES), 0)
+        _list_units(count, row, is_row, tile_rows_ptr, tile_firsts_ptr, num_rows, max_tiles, ROWS)
+
+
+@jit
+def _list_units(count, row, is_row, rows_ptr, firsts_ptr, num_rows, max_units, ROWS: tl.constexpr):
+    """Write a `WorkList` from how many units each row has."""
+    WIDTH: tl.constexpr = 512
+    ends = tl.cumsum(count, axis=0)
+    tl.store(firsts_ptr + row + 1, ends, mask=is_row)
+    tl.store(firsts_ptr + row, ends - count, mask=is_row & (row == 0))
+    tl.debug_barrier()  # other threads of this program read the list
+    num_units = tl.sum(count, axis=0)
+    for first in range(0, max_units, WIDTH):
+        unit = first + tl.arange(0, WIDTH)
+        low = tl.zeros([WIDTH], tl.int32)  # the first row that ends behind the unit lies in low .. high
+        high = low + num_rows
+        width = num_rows
+        while width > 0:
+            middle = (low + high) // 2
+            end = tl.load(firsts_ptr + 1 + middle, mask=middle < num_rows, other=0x7FFFFFFF)
+            low = tl.where(end > unit, low, tl.minimum(middle + 1, high))
+            high = tl.where(end > unit, middle, high)
+            width = width // 2
+        tl.store(rows_ptr + unit, tl.where(unit < num_units, low, -1), mask=unit < max_units)
 
 
 @jit
@@ -204,25 +327,22 @@ def _cache_rows(table_ptr, start, kv_len, BLOCK_SIZE: tl.constexpr, TILE: tl.con
     return cache_rows
 
 
-@jit
-def _split_len(kv_len, splits, TILE: tl.constexpr):
-    """Return how many keys each split of a row takes: whole tiles, so that late splits of short rows are empty."""
-    return tl.cdiv(tl.cdiv(kv_len, splits), TILE) * TILE
-
-
-@jit_once("splits")
+@jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")
 def _decode_kernel(
-    q_ptr,  # [rows, KV_HEADS * GROUP, HEAD_DIM]
+    q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
     value_ptr,  # same
     tables_ptr,  # [rows, table_stride] int32
+    query_starts_ptr,  # [rows + 1] int32
     kv_lens_ptr,  # [rows] int32
-    out_ptr,  # [rows, KV_HEADS * GROUP, HEAD_DIM], written unless SPLIT
-    partial_out_ptr,  # [rows, KV_HEADS * GROUP, splits, HEAD_DIM] float32, written with SPLIT where a split has keys
-    partial_lse_ptr,  # [rows, KV_HEADS * GROUP, splits] float32, base 2, likewise
+    split_rows_ptr,  # [splits] int32
+    split_firsts_ptr,  # [rows + 1] int32
+    partial_out_ptr,  # [splits, KV_HEADS * GROUP, HEAD_DIM] float32, written for rows of several splits
+    partial_lse_ptr,  # [splits, KV_HEADS * GROUP] float32, base 2, likewise
+    arrivals_ptr,  # [rows, KV_HEADS] int32, zero before and after
+    out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     scale,  # of scores that are exponents of 2
     table_stride,
-    splits,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -230,25 +350,28 @@ def _decode_kernel(
     HEAD_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """One program: the GROUP query heads of one KV head of one row, over one split of its keys."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    kv_len = tl.load(kv_lens_ptr + row)
-    split_len = _split_len(kv_len, splits, TILE)
-    begin = split * split_len
-    end = tl.minimum(begin + split_len, kv_len)
-    if SPLIT and begin >= end:
+    row = tl.load(split_rows_ptr + split).to(tl.int64)
+    if row < 0:
         return
+    first_split = tl.load(split_firsts_ptr + row)
+    num_splits = tl.load(split_firsts_ptr + row + 1) - first_split
+    kv_len = tl.load(kv_lens_ptr + row)
+    split_len = tl.cdiv(tl.cdiv(kv_len, num_splits), TILE) * TILE
+    begin = (split - first_split) * split_len
+    end = tl.minimum(begin + split_len, kv_len)
 
     member = tl.arange(0, GROUP_BLOCK)
     column = tl.arange(0, HEAD_BLOCK)
     in_head = column < HEAD_DIM
-    head = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
-    q_mask = (member < GROUP)[:, None] & in_head[None, :]
-    q = tl.load(q_ptr + head[:, None] * HEAD_DIM + column[None, :], mask=q_mask, other=0.0)
+    own_head = kv_head * GROUP + member
+    own_mask = (member < GROUP)[:, None] & in_head[None, :]
+    token = tl.load(query_starts_ptr + row).to(tl.int64)
+    places = (token * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
+    q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
 
     highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
@@ -271,88 +394,60 @@ def _decode_kernel(
 
     safe_total = tl.where(total > 0, total, 1.0)
     result = acc / safe_total[:, None]
-    if SPLIT:
-        place = head * splits + split
-        tl.store(partial_out_ptr + place[:, None] * HEAD_DIM + column[None, :], result, mask=q_mask)
-        tl.store(partial_lse_ptr + place, highest + tl.log2(safe_total), mask=member < GROUP)
-    else:
-        out = out_ptr + head[:, None] * HEAD_DIM + column[None, :]
-        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=q_mask)
+    is_last = num_splits == 1
+    if num_splits > 1:
+        heads = (split * (KV_HEADS * GROUP) + own_head).to(tl.int64)
+        tl.store(partial_out_ptr + heads[:, None] * HEAD_DIM + column[None, :], result, mask=own_mask)
+        tl.store(partial_lse_ptr + heads, highest + tl.log2(safe_total), mask=member < GROUP)
+        tl.debug_barrier()  # all threads have stored before one of them tells of it
+        arrivals = arrivals_ptr + row * KV_HEADS + kv_head
+        is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - 1
+        if is_last:
+            tl.store(arrivals, 0)
+            result = _merge_splits(
+                partial_out_ptr, partial_lse_ptr, first_split, num_splits, kv_head, KV_HEADS, GROUP, GROUP_BLOCK,
+                HEAD_DIM, HEAD_BLOCK,
+            )  # fmt: skip
+    if is_last:
+        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=own_mask)
 
 
-@jit_once("splits")
-def _merge_kernel(
-    partial_out_ptr,  # [rows, heads, splits, HEAD_DIM] float32
-    partial_lse_ptr,  # [rows, heads, splits] float32, base 2
-    kv_lens_ptr,  # [rows] int32
-    out_ptr,  # [rows, heads, HEAD_DIM]
-    splits,
+@jit
+def _merge_splits(
+    partial_out_ptr,
+    partial_lse_ptr,
+    first_split,
+    num_splits,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
 ):
-    """One program: one head of one row. Splits without keys wrote nothing and are not read."""
-    row = tl.program_id(1).to(tl.int64)
-    head = row * tl.num_programs(0) + tl.program_id(0)
-    kv_len = tl.load(kv_lens_ptr + row)
-    split = tl.arange(0, MAX_SPLITS)
+    """Return [GROUP_BLOCK, HEAD_BLOCK]: the partial results of one row, each weighted by the mass that it has seen."""
+    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    member = tl.arange(0, GROUP_BLOCK)
     column = tl.arange(0, HEAD_BLOCK)
-    live = (split * _split_len(kv_len, splits, TILE) < kv_len) & (split < splits)
-    lse = tl.load(partial_lse_ptr + head * splits + split, mask=live, other=float("-inf"))
-    highest = tl.max(lse, axis=0)
-    weights = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weights, axis=0)
-    partial = tl.load(
-        partial_out_ptr + (head * splits + split)[:, None] * HEAD_DIM + column[None, :],
-        mask=live[:, None] & (column < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    result = tl.sum(partial * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + head * HEAD_DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
-
-
-def paged_prefill_triton(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    kv_lens: torch.Tensor,
-    scale: float,
-    max_query_len: int,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    _, heads, head_dim = q.shape
-    _, block_size, kv_heads, _ = key_cache.shape
-    out = torch.empty_like(q) if out is None else out
-    _check_layouts(q, out, key_cache, value_cache, block_tables)
-    tiles = _prefill_tiles(q.element_size())
-    _prefill_kernel[(heads, triton.cdiv(max_query_len, tiles["QUERIES"]), kv_lens.shape[0])](
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_starts,
-        kv_lens,
-        out,
-        scale / math.log(2),
-        block_tables.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size,
-        **tiles,
-    )
-    return out
-
-
-def _prefill_tiles(element_size: int) -> dict[str, int]:
-    """Return the tiles for bf16 on Hopper's matrix units, or for float32, which has none and must fit in registers."""
-    if element_size == 2:
-        return {"QUERIES": 128, "TILE": 64, "num_warps": 8, "num_stages": 3}
-    return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
+    own_mask = (member < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
+    for index in range(num_splits):
+        heads = ((first_split + index) * (KV_HEADS * GROUP) + kv_head * GROUP + member).to(tl.int64)
+        # Past the L1 cache, which other multiprocessors' stores do not reach.
+        lse = tl.load(partial_lse_ptr + heads, mask=member < GROUP, other=0.0, cache_modifier=".cg")
+        partial = tl.load(
+            partial_out_ptr + heads[:, None] * HEAD_DIM + column[None, :],
+            mask=own_mask,
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_highest = tl.maximum(highest, lse)
+        decay, weight = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
+        acc = acc * decay[:, None] + partial * weight[:, None]
+        total = total * decay + weight
+        highest = new_highest
+    return acc / total[:, None]
 
 
 @jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")
@@ -363,6 +458,8 @@ def _prefill_kernel(
     tables_ptr,  # [rows, table_stride] int32
     query_starts_ptr,  # [rows + 1] int32
     kv_lens_ptr,  # [rows] int32
+    tile_rows_ptr,  # [tiles] int32
+    tile_firsts_ptr,  # [rows + 1] int32
     out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     scale,  # of scores that are exponents of 2
     table_stride,
@@ -376,13 +473,14 @@ def _prefill_kernel(
 ):
     """One program: QUERIES queries of one head of one row, over all the keys they see."""
     head = tl.program_id(0)
+    tile = tl.program_id(1)
+    row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+    if row < 0:
+        return
     # The last queries see the most keys: start them first, so that the launch does not end on them.
-    first_query = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
-    row = tl.program_id(2).to(tl.int64)
+    first_query = (tl.load(tile_firsts_ptr + row + 1) - 1 - tile) * QUERIES
     first_token = tl.load(query_starts_ptr + row).to(tl.int64)
     num_queries = (tl.load(query_starts_ptr + row + 1) - first_token).to(tl.int32)
-    if first_query >= num_queries:
-        return
 
     kv_len = tl.load(kv_lens_ptr + row)
     query = first_query + tl.arange(0, QUERIES)

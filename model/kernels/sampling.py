@@ -107,7 +107,7 @@ def sample_triton(
 @jit
 def _score_kernel(
     logits_ptr,  # [rows, vocab_size]
-    slots_ptr,  # [rows] int64
+    slots_ptr,  # [rows] int32
     lengths_ptr,  # [rows] int32
     temperature_ptr,  # [slots] float32, as all of SamplingTables down to counts
     top_k_ptr,
@@ -132,7 +132,7 @@ def _score_kernel(
 ):
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots_ptr + row)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
     length = tl.load(lengths_ptr + row)
     group = tile * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -175,7 +175,7 @@ def _score_kernel(
 
 @jit
 def _choose_kernel(
-    slots_ptr,  # [rows] int64
+    slots_ptr,  # [rows] int32
     lengths_ptr,  # [rows] int32
     temperature_ptr,  # [slots] float32, as all of SamplingTables down to seed
     top_k_ptr,
@@ -207,7 +207,7 @@ def _choose_kernel(
     is_best = is_tile & (tile_best == highest)
     chosen = tl.min(tl.where(is_best, tile_token, 0x7FFFFFFF), axis=0)
 
-    slot = tl.load(slots_ptr + row)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
     temperature = tl.load(temperature_ptr + slot)
     top_k = tl.load(top_k_ptr + slot)
     top_p = tl.load(top_p_ptr + slot)

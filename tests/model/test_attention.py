@@ -11,7 +11,7 @@ import torch
 from model.attention import make_attention, resolve_backend
 from model.errors import ModelError
 from model.inputs import StepInputs
-from model.kernels.attention import paged_prefill_torch
+from model.kernels.attention import paged_attention_torch
 from tests.model.helpers import CPU
 
 HEAD_DIM, BLOCK = 16, 8
@@ -36,6 +36,7 @@ def make_step(query_lens: list[int], kv_lens: list[int], num_decode_rows: int, n
         kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
         block_tables=torch.tensor(tables, dtype=torch.int32),
         num_decode_rows=num_decode_rows,
+        max_chunk_rows=len(query_lens) - num_decode_rows,
         max_query_len=max(query_lens),
         max_kv_len=max(kv_lens),
     )
@@ -49,9 +50,11 @@ def test_equals_reference(heads: int, kv_heads: int, dtype: torch.dtype) -> None
     inputs = make_step(query_lens, kv_lens, num_decode_rows=4, num_blocks=32)
     keys, values = torch.randn(2, 32, BLOCK, kv_heads, HEAD_DIM, dtype=dtype)
     q = torch.randn(sum(query_lens), heads, HEAD_DIM, dtype=dtype)
-    arguments = (inputs.block_tables, inputs.query_starts, inputs.kv_lens, HEAD_DIM**-0.5, inputs.max_query_len)
-    expected = paged_prefill_torch(q, keys, values, *arguments)
-    actual = make(num_heads=heads, num_kv_heads=kv_heads, dtype=dtype).forward(q, keys, values, inputs)
+    arguments = (inputs.block_tables, inputs.query_starts, inputs.kv_lens, HEAD_DIM**-0.5)
+    expected = paged_attention_torch(q, keys, values, *arguments)
+    backend = make(num_heads=heads, num_kv_heads=kv_heads, dtype=dtype)
+    inputs.attention_plan = backend.plan(inputs)
+    actual = backend.forward(q, keys, values, inputs)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -62,6 +65,7 @@ def test_result_survives_the_next_call() -> None:
     keys, values = torch.randn(2, 8, BLOCK, 2, HEAD_DIM)
     q = torch.randn(1, 4, HEAD_DIM)
     inputs = make_step([1], [20], num_decode_rows=1, num_blocks=8)
+    inputs.attention_plan = backend.plan(inputs)
     first = backend.forward(q, keys, values, inputs)
     kept = first.clone()
     backend.forward(q, keys + 1, values + 1, inputs)

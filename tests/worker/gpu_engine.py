@@ -99,6 +99,7 @@ def whole_prompt(ids: torch.Tensor, device: torch.device) -> StepInputs:
         kv_lens=torch.tensor([count], dtype=torch.int32, device=device),
         block_tables=torch.arange(MAX_LEN // BLOCK, dtype=torch.int32, device=device)[None],
         num_decode_rows=0,
+        max_chunk_rows=1,
         max_query_len=count,
         max_kv_len=count,
     )

@@ -76,10 +76,9 @@ def test_a_frame_that_was_cut_is_refused(missing: int) -> None:
         StepPlan.decode(small_plan().encode()[:-missing])
 
 
-def test_only_single_queries_of_seated_sequences_make_a_decode_step() -> None:
+def test_only_decode_rows_make_a_decode_step() -> None:
     assert small_plan().is_decode
     assert not small_plan(num_decode_rows=1).is_decode
-    assert not small_plan(admissions=np.zeros(1, ADMISSION)).is_decode
 
 
 def test_an_admission_holds_as_many_stop_ids_as_a_request_may_have() -> None:

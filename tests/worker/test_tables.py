@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,21 +21,22 @@ SLOTS = 4
 MAX_LEN = 20
 BLOCK_SIZE = 4
 VOCAB = 9
+CPU = torch.device("cpu")
+
+
+def make_tables(device: torch.device = CPU, triton: bool = False) -> SlotTables:
+    tables = SlotTables(num_slots=SLOTS, max_model_len=MAX_LEN, block_size=BLOCK_SIZE, vocab_size=VOCAB, device=device)
+    tables.use_triton = triton
+    return tables
 
 
 class Pair:
     """Both kinds of tables, told the same, and compared after every step."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, tables: SlotTables | None = None) -> None:
         self.rng = rng
         self.plain = PlainTables()
-        self.tables = SlotTables(
-            num_slots=SLOTS,
-            max_model_len=MAX_LEN,
-            block_size=BLOCK_SIZE,
-            vocab_size=VOCAB,
-            device=torch.device("cpu"),
-        )
+        self.tables = tables or make_tables()
         self.outcomes: set[str] = set()
 
     def step(self) -> None:
@@ -42,22 +45,27 @@ class Pair:
         if len(plan.admissions):
             self.tables.admit(plan)
         if len(plan.block_updates):
-            self.tables.set_blocks(torch.from_numpy(plan.block_updates.copy()))
+            self.tables.set_blocks(self._upload(plan.block_updates))
         self.plain.apply(plan)
         expected = self.plain.rows(plan)
+        # As in a mixed step's graph: rows without tokens behind the others, and tokens without a row.
+        empty_rows, empty_tokens = (0, 0) if plan.is_decode else self.rng.integers(0, 3, 2).tolist()
         inputs, rows = self.tables.prepare(
-            torch.from_numpy(plan.slots).long(),
-            torch.from_numpy(plan.query_lens),
-            num_tokens=plan.num_tokens,
-            max_kv_len=plan.max_kv_len,
-            plan=plan,
+            self._upload(np.concatenate((plan.slots, np.full(empty_rows, SLOTS, np.int32)))),
+            self._upload(np.concatenate((plan.query_lens, np.zeros(empty_rows, np.int32)))),
+            replace(plan.bounds, num_tokens=plan.num_tokens + empty_tokens),
         )
         self._compare_inputs(plan, expected, inputs, rows)
         drawn = self._draw(expected)
-        told = self.tables.retire(rows, torch.tensor(drawn, dtype=torch.int32)).tolist()
+        told = self.tables.retire(rows, self._upload(np.array(drawn + [0] * empty_rows, np.int32))).tolist()
+        assert told[len(expected) :] == [NO_TOKEN] * empty_rows
+        told = told[: len(expected)]
         assert told == self.plain.retire(expected, drawn)
         self._note(expected, told)
         self._compare_tables()
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.copy()).to(self.tables.device)
 
     def _plan(self) -> StepPlan:
         slots = [int(slot) for slot in self.rng.permutation(SLOTS)[: self.rng.integers(1, SLOTS + 1)]]
@@ -118,13 +126,20 @@ class Pair:
 
     def _compare_inputs(self, plan: StepPlan, expected: list[Row], inputs: StepInputs, rows: Rows) -> None:
         starts = [0, *np.cumsum(plan.query_lens).tolist()]
-        assert inputs.query_starts.tolist() == starts
-        assert rows.last_tokens.tolist() == [start - 1 for start in starts[1:]]
-        assert rows.live.tolist() == [row.live for row in expected]
-        assert rows.samples.tolist() == [row.samples for row in expected]
-        assert inputs.kv_lens.tolist() == [row.positions.stop if row.live else 0 for row in expected]
-        assert (inputs.num_decode_rows, inputs.max_query_len, inputs.max_kv_len) == (
+        count, tokens = len(expected), plan.num_tokens
+        assert inputs.query_starts.tolist() == starts + [tokens] * (inputs.num_rows - count)
+        assert rows.last_tokens.tolist()[:count] == [start - 1 for start in starts[1:]]
+        assert all(0 <= token < inputs.num_tokens for token in rows.last_tokens.tolist())
+        lengths = [len(self.plain.slot(row.slot).ids) for row in expected if row.slot != SLOTS]
+        assert [length for length, row in zip(rows.lengths.tolist(), expected, strict=False) if row.slot != SLOTS] == (
+            lengths
+        )
+        assert inputs.kv_lens.tolist()[:count] == [row.positions.stop if row.live else 0 for row in expected]
+        assert inputs.kv_lens.tolist()[count:] == [0] * (inputs.num_rows - count)
+        assert inputs.kv_slots.tolist()[tokens:] == [-1] * (inputs.num_tokens - tokens)
+        assert (inputs.num_decode_rows, inputs.max_chunk_rows, inputs.max_query_len, inputs.max_kv_len) == (
             plan.num_decode_rows,
+            plan.num_rows - plan.num_decode_rows,
             plan.max_query_len,
             plan.max_kv_len,
         )
@@ -143,23 +158,24 @@ class Pair:
             assert inputs.kv_slots[start:stop].tolist() == places
             assert inputs.positions[start:stop].tolist() == list(row.positions)
             assert inputs.token_ids[start:stop].tolist() == slot.ids[row.positions.start : row.positions.stop]
-        for row, table in zip(expected, inputs.block_tables.tolist(), strict=True):
+        for row, table in zip(expected, inputs.block_tables.tolist(), strict=False):
             if row.live:
                 blocks = self.plain.slot(row.slot).blocks
-                assert table == [blocks.get(index, 0) for index in range(MAX_LEN // BLOCK_SIZE)]
+                used = -(-row.positions.stop // BLOCK_SIZE)
+                assert table[:used] == [blocks.get(index, 0) for index in range(used)]
 
     def _compare_tables(self) -> None:
         for number, slot in self.plain.slots.items():
             if number == SLOTS:
                 continue
-            assert self.tables._tokens[number, : len(slot.ids)].tolist() == slot.ids
-            assert bool(self.tables._done[number]) == slot.done
-            assert int(self.tables._length[number]) == len(slot.ids)
-            assert int(self.tables._computed[number]) == slot.computed
+            assert self.tables.state.tokens[number, : len(slot.ids)].tolist() == slot.ids
+            assert bool(self.tables.state.done[number]) == slot.done
+            assert int(self.tables.state.length[number]) == len(slot.ids)
+            assert int(self.tables.state.computed[number]) == slot.computed
             if slot.penalizes:
                 expected = [slot.counts[token] for token in range(VOCAB)]
                 assert self.tables.sampling.counts[number].tolist() == expected
-        assert bool(self.tables._done[SLOTS]), "the scratch row is always done"
+        assert bool(self.tables.state.done[SLOTS]), "the scratch row is always done"
 
     def _note(self, rows: list[Row], told: list[int]) -> None:
         for row, token in zip(rows, told, strict=True):
@@ -182,6 +198,13 @@ class Pair:
 def test_tables_do_what_plain_tables_do(seed: int) -> None:
     pair = Pair(np.random.default_rng(seed))
     for _ in range(12):
+        pair.step()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kernels_do_what_plain_tables_do(triton_device: torch.device, seed: int) -> None:
+    pair = Pair(np.random.default_rng(seed), make_tables(triton_device, triton=True))
+    for _ in range(200 if triton_device.type == "cuda" else 12):
         pair.step()
 
 
@@ -211,8 +234,11 @@ def admission(**fields: object) -> StepPlan:
     )
 
 
+@pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("through_a_frame", [False, True])
-def test_sampling_parameters_arrive_bit_for_bit(through_a_frame: bool) -> None:
+def test_sampling_parameters_arrive_bit_for_bit(
+    through_a_frame: bool, triton: bool, triton_device: torch.device
+) -> None:
     values: dict[str, object] = {
         "temperature": 0.1,
         "top_p": 0.2,
@@ -226,24 +252,25 @@ def test_sampling_parameters_arrive_bit_for_bit(through_a_frame: bool) -> None:
         "stop_ids": [8, 1] + [-1] * (MAX_STOP_IDS - 2),
     }
     plan = admission(**values)
-    tables = Pair(np.random.default_rng(0)).tables
+    tables = make_tables(triton_device, triton) if triton else make_tables()
     tables.admit(StepPlan.decode(plan.encode()) if through_a_frame else plan)
     for name in values:
-        column = getattr(tables.sampling, name)[2].numpy()
+        column = getattr(tables.sampling, name)[2].cpu().numpy()
         assert column.tobytes() == plan.admissions[name][0].tobytes(), name
 
 
-def test_a_resumed_sequence_counts_its_prompt_and_its_output_apart() -> None:
-    tables = Pair(np.random.default_rng(0)).tables
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_resumed_sequence_counts_its_prompt_and_its_output_apart(triton: bool, triton_device: torch.device) -> None:
+    tables = make_tables(triton_device, triton) if triton else make_tables()
+    tables.sampling.counts.fill_(9)  # of whoever had the slot before
     tables.admit(admission(penalizes=1, num_prompt=1))
     assert tables.sampling.counts[2].tolist() == [0, 0, 0, 0, 3, 2, 0, 0, 0]
 
 
 def test_a_row_that_draws_nothing_is_told_so() -> None:
-    tables = Pair(np.random.default_rng(0)).tables
+    tables = make_tables()
     plan = admission(num_ids=3)
     tables.admit(plan)
-    _, rows = tables.prepare(
-        torch.tensor([2, 3]), torch.tensor([2, 1], dtype=torch.int32), num_tokens=3, max_kv_len=3, plan=plan
-    )
+    slots, query_lens = torch.tensor([[2, 3], [2, 1]], dtype=torch.int32).unbind(0)
+    _, rows = tables.prepare(slots, query_lens, plan.bounds)
     assert tables.retire(rows, torch.tensor([NAN, NAN], dtype=torch.int32)).tolist() == [NO_TOKEN, NO_TOKEN]

@@ -1,8 +1,8 @@
-"""Paged decode and prefill against attention in float64 over the keys laid out in order, one row at a time."""
+"""Paged attention against attention in float64 over the keys laid out in order, one row at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,12 +12,11 @@ from model.errors import ModelError
 from model.inputs import StepInputs
 from model.kernels import attention
 from model.kernels.attention import (
-    paged_decode,
-    paged_decode_torch,
-    paged_decode_triton,
-    paged_prefill,
-    paged_prefill_torch,
-    paged_prefill_triton,
+    AttentionPlan,
+    paged_attention,
+    paged_attention_torch,
+    paged_attention_triton,
+    plan_attention,
 )
 from tests.model.kernels.comparing import ON_GPU, TOLERANCE, poisoned, relative_error
 
@@ -35,10 +34,6 @@ class Batch:
     expected: torch.Tensor  # float64
     scale: float
 
-    @property
-    def max_query_len(self) -> int:
-        return int(self.query_starts.diff().max())
-
     def step_inputs(self, num_decode_rows: int) -> StepInputs:
         tokens = len(self.q)
         unused = torch.zeros(tokens, dtype=torch.int32, device=self.q.device)
@@ -50,7 +45,8 @@ class Batch:
             kv_lens=self.kv_lens,
             block_tables=self.block_tables,
             num_decode_rows=num_decode_rows,
-            max_query_len=self.max_query_len,
+            max_chunk_rows=len(self.kv_lens) - num_decode_rows,
+            max_query_len=int(self.query_starts.diff().max()),
             max_kv_len=int(self.kv_lens.max()),
         )
 
@@ -103,37 +99,31 @@ def make_batch(
     )
 
 
-def decode(batch: Batch, implementation=paged_decode_triton, max_kv_len: int | None = None) -> torch.Tensor:
-    out = torch.full_like(batch.q, torch.nan)
-    bound = max_kv_len or int(batch.kv_lens.max())
-    returned = implementation(
-        batch.q,
-        batch.key_cache,
-        batch.value_cache,
-        batch.block_tables,
+def plan_of(batch: Batch, num_tokens: int | None = None, max_chunk_rows: int | None = None) -> AttentionPlan:
+    return plan_attention(
+        batch.query_starts,
         batch.kv_lens,
-        batch.scale,
-        bound,
-        out,
+        num_tokens=num_tokens or len(batch.q),
+        num_heads=batch.q.shape[1],
+        num_kv_heads=batch.key_cache.shape[2],
+        head_dim=batch.q.shape[2],
+        dtype=batch.q.dtype,
+        max_chunk_rows=max_chunk_rows,
     )
-    assert returned is out
+
+
+def attend(batch: Batch, plan: AttentionPlan | None = None) -> torch.Tensor:
+    """By the kernels, into an output that is poisoned first."""
+    out = torch.full_like(batch.q, torch.nan)
+    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables, batch.query_starts, batch.kv_lens)
+    assert paged_attention_triton(*tensors, batch.scale, plan or plan_of(batch), out) is out
     return out
 
 
-def prefill(batch: Batch, implementation=paged_prefill_triton) -> torch.Tensor:
+def attend_by_reference(batch: Batch, implementation=paged_attention_torch) -> torch.Tensor:
     out = torch.full_like(batch.q, torch.nan)
-    returned = implementation(
-        batch.q,
-        batch.key_cache,
-        batch.value_cache,
-        batch.block_tables,
-        batch.query_starts,
-        batch.kv_lens,
-        batch.scale,
-        batch.max_query_len,
-        out,
-    )
-    assert returned is out
+    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables, batch.query_starts, batch.kv_lens)
+    assert implementation(*tensors, batch.scale, out=out) is out
     return out
 
 
@@ -145,7 +135,9 @@ def check(out: torch.Tensor, batch: Batch) -> None:
 
 DECODE_ROWS = [(1, kv_len) for kv_len in (1, 0, 17, 64, 65, 130)]
 PREFILL_ROWS = [(1, 1), (3, 3), (0, 0), (2, 0), (5, 70), (1, 33), (70, 70)]
+MIXED_ROWS = [(1, 40), (5, 70), (1, 0), (1, 200), (0, 0), (33, 33), (1, 64)]
 if ON_GPU:
+    MIXED_ROWS += [(1, 8000), (700, 900), (1, 1)]
     DECODE_ROWS += [(1, kv_len) for kv_len in (513, 4097, 0, 2048, 7)]
     PREFILL_ROWS += [(300, 300), (129, 1000), (128, 128), (1, 4097)]
 
@@ -163,14 +155,19 @@ CASES = [(shape, torch.float32) for shape in SHAPES]
 CASES += [(shape, torch.bfloat16) for shape in SHAPES] if ON_GPU else [(SHAPES[2], torch.float16)]
 
 
-@pytest.mark.parametrize("implementation", [paged_decode_triton, paged_decode_torch])
+@pytest.mark.parametrize("implementation", [attend, attend_by_reference])
+@pytest.mark.parametrize("rows", [DECODE_ROWS, PREFILL_ROWS, MIXED_ROWS], ids=["decode", "prefill", "mixed"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_decode(
-    triton_device: torch.device, implementation, shape: tuple[int, int, int, int], dtype: torch.dtype
+def test_attention(
+    triton_device: torch.device,
+    implementation,
+    rows: list[tuple[int, int]],
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
 ) -> None:
     heads, kv_heads, head_dim, block_size = shape
     batch = make_batch(
-        DECODE_ROWS,
+        rows,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -178,70 +175,79 @@ def test_decode(
         dtype=dtype,
         device=triton_device,
     )
-    check(decode(batch, implementation), batch)
+    check(implementation(batch), batch)
 
 
-@pytest.mark.parametrize("implementation", [paged_prefill_triton, paged_prefill_torch])
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_prefill(
-    triton_device: torch.device, implementation, shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
-    heads, kv_heads, head_dim, block_size = shape
-    batch = make_batch(
-        PREFILL_ROWS,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        dtype=dtype,
-        device=triton_device,
-    )
-    check(prefill(batch, implementation), batch)
-
-
-@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("target", [1, 8, 1000])
 def test_decode_does_not_depend_on_how_keys_are_split(
-    triton_device: torch.device, splits: int, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch(DECODE_ROWS, device=triton_device)
-    monkeypatch.setattr(attention, "_num_splits", lambda programs, max_kv_len: splits)
-    check(decode(batch), batch)
+    monkeypatch.setattr(attention, "_DECODE_PROGRAMS", target)
+    monkeypatch.setattr(attention, "_MIN_SPLIT", 64)
+    plan = plan_of(batch)
+    assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (target > 1)
+    for _ in range(2):  # the second launch finds the counters as the first one did
+        check(attend(batch, plan), batch)
+    assert not plan.arrivals.any()
 
 
-def test_decode_under_the_bound_of_a_graph(triton_device: torch.device) -> None:
-    """The bound decides how many programs there are, not what they compute."""
-    batch = make_batch([(1, 70), (1, 0)], device=triton_device)
-    check(decode(batch, max_kv_len=40_960), batch)
+def test_plan_lists_every_unit_once(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_DECODE_PROGRAMS", 6)
+    monkeypatch.setattr(attention, "_MIN_SPLIT", 64)
+    rows = [(1, 130), (1, 0), (17, 20), (0, 0), (1, 300), (33, 33), (2, 0), (1, 64), (0, 0)]
+    plan = plan_of(make_batch(rows, device=triton_device))
+    # 494 keys in 3 parts a KV head, in whole tiles: 192 keys a split.
+    assert plan.splits.firsts.tolist() == [0, 1, 2, 2, 2, 4, 4, 4, 5, 5]
+    assert plan.splits.rows.tolist() == [0, 1, 4, 4, 7, *[-1] * 7]
+    assert plan.tiles.firsts.tolist() == [0, 0, 0, 2, 2, 2, 5, 6, 6, 6]
+    assert plan.tiles.rows[:6].tolist() == [2, 2, 5, 5, 5, 6]
+    assert (plan.tiles.rows[6:] == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("programs", "max_kv_len", "splits"),
-    [(8, 40_960, 64), (8, 64, 1), (8, 65, 2), (64, 40_960, 9), (527, 40_960, 2), (528, 40_960, 1), (0, 40_960, 64)],
-)
-def test_splits_fill_the_gpu(programs: int, max_kv_len: int, splits: int, triton_device: torch.device) -> None:
-    assert attention._num_splits(programs, max_kv_len) == splits
+def test_many_rows(triton_device: torch.device) -> None:
+    """More rows and units than a pass of the plan holds."""
+    lens = torch.randint(1, 40, (700,)).tolist()
+    batch = make_batch([(1, kv_len) for kv_len in lens], heads=2, kv_heads=1, head_dim=16, device=triton_device)
+    plan = plan_of(batch)
+    assert plan.splits.rows[:700].tolist() == list(range(700))
+    assert (plan.splits.rows[700:] == -1).all()
+    if ON_GPU:  # 700 programs take the interpreter too long
+        check(attend(batch, plan), batch)
 
 
-def test_references_take_small_blocks() -> None:
+def test_padding_changes_nothing(triton_device: torch.device) -> None:
+    """A CUDA graph has more rows and tokens than the step, and bounds that no step reaches."""
+    rows = [(1, 300), (1, 40), (20, 33)]
+    alone = make_batch(rows, device=triton_device)
+    padded = replace(
+        alone,
+        query_starts=torch.cat((alone.query_starts, alone.query_starts[-1:].repeat(5))),
+        kv_lens=torch.cat((alone.kv_lens, torch.zeros_like(alone.kv_lens))),
+        block_tables=torch.cat((alone.block_tables, torch.zeros_like(alone.block_tables))),
+    )
+    padded = replace(padded, query_starts=padded.query_starts[: len(padded.kv_lens) + 1])
+    out = attend(padded, plan_of(padded, num_tokens=512, max_chunk_rows=2))
+    assert torch.equal(out, attend(alone))
+    check(out, alone)
+
+
+def test_reference_takes_small_blocks() -> None:
     batch = make_batch(PREFILL_ROWS, block_size=4, device=torch.device("cpu"))
-    check(prefill(batch, paged_prefill_torch), batch)
+    check(attend_by_reference(batch), batch)
 
 
 def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> None:
     whole = make_batch([(90, 90)], device=triton_device)
-    out = prefill(whole)
+    out = attend(whole)
     for begin, end in ((0, 1), (1, 66), (66, 90)):
-        chunk = paged_prefill_triton(
-            whole.q[begin:end].clone(),
-            whole.key_cache,
-            whole.value_cache,
-            whole.block_tables,
-            torch.tensor([0, end - begin], dtype=torch.int32, device=triton_device),
-            torch.tensor([end], dtype=torch.int32, device=triton_device),
-            whole.scale,
-            end - begin,
+        chunk = replace(
+            whole,
+            q=whole.q[begin:end].clone(),
+            query_starts=torch.tensor([0, end - begin], dtype=torch.int32, device=triton_device),
+            kv_lens=torch.tensor([end], dtype=torch.int32, device=triton_device),
         )
-        assert relative_error(chunk, out[begin:end]) < TOLERANCE[torch.float32]
+        assert relative_error(attend(chunk), out[begin:end]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("decodes", [0, 2, 4])
@@ -257,7 +263,9 @@ def test_backend_mixes_decode_and_prefill(triton_device: torch.device, decodes: 
         device=triton_device,
         dtype=torch.float32,
     )
-    check(backend.forward(batch.q, batch.key_cache, batch.value_cache, batch.step_inputs(decodes)), batch)
+    inputs = batch.step_inputs(decodes)
+    inputs.attention_plan = backend.plan(inputs)
+    check(backend.forward(batch.q, batch.key_cache, batch.value_cache, inputs), batch)
 
 
 @pytest.mark.parametrize("block_size", [0, 8, 24])
@@ -275,26 +283,26 @@ def test_backend_refuses_block_size(block_size: int) -> None:
 
 
 def test_dispatch_takes_the_reference_on_cpu() -> None:
-    batch = make_batch(DECODE_ROWS, device=torch.device("cpu"))
-    assert torch.equal(decode(batch, paged_decode), decode(batch, paged_decode_torch))
-    batch = make_batch(PREFILL_ROWS, device=torch.device("cpu"))
-    assert torch.equal(prefill(batch, paged_prefill), prefill(batch, paged_prefill_torch))
+    batch = make_batch(MIXED_ROWS, device=torch.device("cpu"))
+    assert torch.equal(attend_by_reference(batch, paged_attention), attend_by_reference(batch))
 
 
 @pytest.mark.gpu
-def test_decode_in_a_cuda_graph(triton_device: torch.device) -> None:
+def test_attention_in_a_cuda_graph(triton_device: torch.device) -> None:
     """Lengths that change between replays are followed, and dead rows stay zero."""
-    batch = make_batch(DECODE_ROWS, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=triton_device)
+    batch = make_batch(MIXED_ROWS, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=triton_device)
     lens = batch.kv_lens.clone()
-    decode(batch, max_kv_len=40_960)
+    attend(batch)
     graph = torch.cuda.CUDAGraph()
+    out = torch.empty_like(batch.q)
+    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables, batch.query_starts, batch.kv_lens)
     with torch.cuda.graph(graph):
-        out = paged_decode_triton(
-            batch.q, batch.key_cache, batch.value_cache, batch.block_tables, batch.kv_lens, batch.scale, 40_960
-        )
+        paged_attention_triton(*tensors, batch.scale, plan_of(batch), out)
     batch.kv_lens.zero_()
     graph.replay()
     assert (out == 0).all()
     batch.kv_lens.copy_(lens)
-    graph.replay()
-    check(out, batch)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        check(out, batch)

@@ -11,7 +11,7 @@ import torch
 from model.attention import flash_backend
 from model.attention.flash_backend import FlashAttention
 from model.errors import ModelError
-from model.kernels.attention import paged_decode_torch
+from model.kernels.attention import paged_attention_torch
 from tests.model.kernels.comparing import relative_error
 from tests.model.kernels.test_attention import make_batch
 
@@ -90,10 +90,17 @@ def test_prefers_flash_attn_4(machine: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return torch.full_like(q, 7.0), None
 
     machine(HOPPER, {"flash-attn-4": "4.0.0b36", "flash-attn": "2.8.3"}, {"flash_attn.cute": varlen})
-    monkeypatch.setattr(flash_backend, "paged_decode_triton", paged_decode_torch)
+    monkeypatch.setattr(flash_backend, "plan_attention", lambda *lengths, **shape: None)
+    monkeypatch.setattr(
+        flash_backend,
+        "paged_attention_triton",
+        lambda *tensors: paged_attention_torch(*tensors[:-2], tensors[-1]),  # all but the plan
+    )
     batch = make_batch([(1, 40), (1, 0), (3, 9), (5, 20)], dtype=torch.bfloat16, device=torch.device("cpu"))
     backend = build(scale=batch.scale)
-    out = backend.forward(batch.q, batch.key_cache, batch.value_cache, batch.step_inputs(2))
+    inputs = batch.step_inputs(2)
+    inputs.attention_plan = backend.plan(inputs)
+    out = backend.forward(batch.q, batch.key_cache, batch.value_cache, inputs)
     assert relative_error(out[:2], batch.expected[:2]) < 1e-2
     assert (out[2:] == 7.0).all()
     assert calls[0]["cu_seqlens_q"].tolist() == [0, 3, 8]
@@ -119,5 +126,7 @@ def test_matches_attention_in_float64(triton_device: torch.device, block_size: i
     batch.key_cache.nan_to_num_()
     batch.value_cache.nan_to_num_()
     backend = build(num_heads=16, num_kv_heads=8, head_dim=128, scale=batch.scale, block_size=block_size)
-    out = backend.forward(batch.q, batch.key_cache, batch.value_cache, batch.step_inputs(2))
+    inputs = batch.step_inputs(2)
+    inputs.attention_plan = backend.plan(inputs)
+    out = backend.forward(batch.q, batch.key_cache, batch.value_cache, inputs)
     assert relative_error(out, batch.expected) < 1e-2

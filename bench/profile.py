@@ -1,0 +1,252 @@
+"""Where a step's time goes: `python -m bench.profile --size 0.6B --batches 1 8 64 256`.
+
+One process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
+step: the wall time, what the host spends on planning, launching and retiring, and, from a second pass under PyTorch's
+profiler, how long the device is busy with each group of kernels and how long it idles. `--prefill` takes whole prompts
+of so many tokens instead, one step each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.shapes import SIZES, write_config
+from model.config import Qwen3Config
+from model.parallel import TensorParallel
+from worker.config import EngineConfig
+from worker.messages import SamplingParams, Submit, ids_to_bytes
+from worker.runner import Runner, build_runner
+from worker.runtime import RuntimeConfig, resolve
+from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
+
+GROUPS = (
+    ("attention", r"_decode_kernel|_merge_kernel|_prefill_kernel|flash"),
+    ("rope + kv write", r"_qk_norm_rope"),
+    ("norm", r"_rms_norm"),
+    ("activation", r"_silu"),
+    ("sampling", r"_score_kernel|_choose_kernel"),
+    ("tables", r"_prepare_kernel|_retire_kernel|_admit_kernel|_blocks_kernel"),
+    ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_linear_kernel"),
+    ("collectives", r"nccl|all_reduce|_reduce_kernel"),
+    ("copies", r"Memcpy|Memset"),
+)
+"""Kernel groups by what their names hold, the first that fits; others are 'torch'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One workload, in microseconds per step."""
+
+    workload: str
+    steps: int
+    wall: float
+    plan: float
+    launch: float
+    retire: float
+    busy: float
+    groups: dict[str, float]
+    kernels: dict[str, tuple[float, float]]  # name: launches and microseconds per step
+
+    def lines(self) -> Iterator[str]:
+        host = self.plan + self.launch + self.retire
+        idle = max(0.0, 1 - self.busy / self.wall)
+        yield (
+            f"{self.workload}: wall {self.wall:.0f} us a step; device busy {self.busy:.0f}, idle {100 * idle:.0f} %; "
+            f"leader's CPU {host:.0f} (plan {self.plan:.0f}, launch {self.launch:.0f}, retire {self.retire:.0f})"
+        )
+        for name, us in sorted(self.groups.items(), key=lambda item: -item[1]):
+            yield f"    {name:18s} {us:9.1f} us {100 * us / self.busy:5.1f} %"
+        for name, (count, us) in sorted(self.kernels.items(), key=lambda item: -item[1][1])[:12]:
+            yield f"        {us:9.1f} us  {count:6.1f} x {us / count:8.2f}  {name[:90]}"
+
+
+class Engine:
+    """Scheduler and runner in this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        shape = Qwen3Config.from_folder(config.model)
+        runtime = resolve(config, shape, 0)
+        self._run_ahead = runtime.run_ahead
+        self._runner: Runner = build_runner(config, shape, runtime, TensorParallel.single(), lambda *_: None)
+        self._limits = _limits(config, shape, runtime, self._runner.num_blocks)
+        self._scheduler = self._fresh()
+        self._in_flight: list[PlannedStep] = []
+        self.times: dict[str, list[float]] = defaultdict(list)
+
+    def _fresh(self) -> Scheduler:
+        return Scheduler(self._limits, hash_key=b"k" * 32, clock=time.monotonic)
+
+    def submit(self, count: int, prompt_tokens: int, max_tokens: int) -> None:
+        rng = np.random.default_rng(0)
+        for number in range(count):
+            self._scheduler.submit(
+                0,
+                Submit(
+                    request=number,
+                    epoch=1,
+                    prompt=ids_to_bytes(rng.integers(0, min(10_000, self._limits.vocab_size), prompt_tokens)),
+                    sampling=SamplingParams(temperature=0.6, seed=number),
+                    max_tokens=max_tokens,
+                ),
+            )
+
+    def turn(self) -> bool:
+        """One turn of the leader's loop; returns whether anything happened."""
+        clock = time.perf_counter
+        began = clock()
+        planned = self._scheduler.plan()
+        after_plan = clock()
+        if planned is not None:
+            self._runner.launch(planned.plan)
+            self._in_flight.append(planned)
+        after_launch = clock()
+        self.times["plan"].append(after_plan - began)
+        self.times["launch"].append(after_launch - after_plan)
+        if self._in_flight and (planned is None or len(self._in_flight) >= self._run_ahead):
+            tokens = self._runner.collect()
+            after_collect = clock()
+            self._scheduler.retire(self._in_flight.pop(0), tokens)
+            self._scheduler.take_notices()
+            self.times["retire"].append(clock() - after_collect)
+        return planned is not None or bool(self._in_flight)
+
+    def reset(self) -> None:
+        """Let everything end that runs, and begin with an empty scheduler."""
+        while self._in_flight:
+            self._runner.collect()
+            self._in_flight.pop(0)
+        self._scheduler = self._fresh()
+
+
+def _limits(config: EngineConfig, shape: Qwen3Config, runtime: RuntimeConfig, num_blocks: int) -> SchedulerLimits:
+    return SchedulerLimits(
+        vocab_size=shape.vocab_size,
+        max_model_len=min(runtime.max_model_len, num_blocks * runtime.block_size),
+        max_running=runtime.max_running,
+        max_batched_tokens=runtime.max_batched_tokens,
+        block_size=runtime.block_size,
+        num_blocks=num_blocks,
+        watermark_blocks=int(config.admission_watermark * num_blocks),
+        prefix_caching=False,
+    )
+
+
+def decode(engine: Engine, batch: int, context: int, steps: int) -> Profile:
+    """`batch` requests that have `context` tokens each when the measured steps begin."""
+
+    def start() -> None:
+        engine.reset()
+        engine.submit(batch, context, 4 * steps)
+        for _ in range(steps // 2 + 2 * (1 + batch * context // engine._limits.max_batched_tokens)):
+            engine.turn()
+
+    def run() -> int:
+        for _ in range(steps):
+            engine.turn()
+        return steps
+
+    return _measure(engine, f"decode batch {batch} context {context}", start, run)
+
+
+def prefill(engine: Engine, tokens: int, steps: int) -> Profile:
+    """Prompts of `tokens`, one after the other."""
+
+    def run() -> int:
+        for _ in range(steps):
+            engine.submit(1, tokens, 1)
+            while engine.turn():
+                pass
+        return steps
+
+    run()
+    return _measure(engine, f"prefill of {tokens} tokens", engine.reset, run)
+
+
+def _measure(engine: Engine, workload: str, start, run) -> Profile:  # type: ignore[no-untyped-def]
+    start()
+    torch.cuda.synchronize()
+    engine.times.clear()
+    began = time.perf_counter()
+    steps = run()
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - began) / steps * 1e6
+    host = {name: statistics.median(values) * 1e6 for name, values in engine.times.items()}
+    start()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = defaultdict(list)
+    spans = []
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
+    groups: dict[str, float] = defaultdict(float)
+    for name, durations in kernels.items():
+        group = next((group for group, pattern in GROUPS if re.search(pattern, name)), "torch")
+        groups[group] += sum(durations) / steps
+    return Profile(
+        workload=workload,
+        steps=steps,
+        wall=wall,
+        plan=host.get("plan", 0.0),
+        launch=host.get("launch", 0.0),
+        retire=host.get("retire", 0.0),
+        busy=_union(spans) / steps,
+        groups=dict(groups),
+        kernels={name: (len(durations) / steps, sum(durations) / steps) for name, durations in kernels.items()},
+    )
+
+
+def _union(spans: list[tuple[float, float]]) -> float:
+    """How long at least one kernel ran."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64, 256], help="decode with so many requests")
+    parser.add_argument("--context", type=int, default=300, help="tokens of each (default: 300)")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prefill prompts of so many tokens")
+    parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU: there is no device to profile here")
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {"model": str(write_config(arguments.size, Path(scratch))), "load_format": "random"}
+        options |= dict(option.split("=", 1) for option in arguments.set)
+        engine = Engine(EngineConfig.model_validate(options))
+        profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
+        profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
+    print(f"{arguments.size} on {torch.cuda.get_device_name()}")
+    for one in profiles:
+        print("\n".join(one.lines()))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(one) for one in profiles], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

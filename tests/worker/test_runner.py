@@ -1,0 +1,119 @@
+"""A step padded to a CUDA graph's shape computes what the step alone does; shown on the CPU, where nothing is captured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import Qwen3Config
+from model.parallel import TensorParallel
+from worker.config import EngineConfig
+from worker.messages import SamplingParams, Submit, ids_to_bytes
+from worker.runner import Runner, _GraphShape, build_runner
+from worker.runtime import resolve
+from worker.scheduler import Scheduler, SchedulerLimits
+
+MAX_LEN, BLOCK, BLOCKS, SLOTS = 128, 16, 64, 8
+
+
+def make_runner(folder: Path) -> tuple[Runner, Scheduler]:
+    config = EngineConfig.model_validate(
+        {
+            "model": str(folder),
+            "device": "cpu",
+            "num_blocks": BLOCKS,
+            "max_model_len": MAX_LEN,
+            "max_running": SLOTS,
+            "max_batched_tokens": 64,
+            "block_size": BLOCK,
+        }
+    )
+    shape = Qwen3Config.from_folder(folder)
+    runtime = resolve(config, shape, 0)
+    runner = build_runner(config, shape, runtime, TensorParallel.single(), lambda what, done, total: None)
+    limits = SchedulerLimits(
+        vocab_size=shape.vocab_size,
+        max_model_len=MAX_LEN,
+        max_running=SLOTS,
+        max_batched_tokens=64,
+        block_size=BLOCK,
+        num_blocks=BLOCKS,
+        watermark_blocks=0,
+        prefix_caching=False,
+    )
+    return runner, Scheduler(limits, hash_key=b"k" * 32, clock=lambda: 0.0)
+
+
+def submit(scheduler: Scheduler, number: int, prompt_tokens: int, vocab_size: int) -> None:
+    prompt = np.random.default_rng(number).integers(0, vocab_size, prompt_tokens)
+    sampling = SamplingParams(temperature=0.8 * (number % 2), seed=number)
+    scheduler.submit(
+        0, Submit(request=number, epoch=1, prompt=ids_to_bytes(prompt), sampling=sampling, max_tokens=12)
+    )
+
+
+class PaddedRunner:
+    """Runs every step in the smallest of some shapes, as `Runner` does with those that it has captured."""
+
+    def __init__(self, runner: Runner, shapes: list[_GraphShape]) -> None:
+        self._runner = runner
+        self._shapes = shapes
+        self.used: set[int] = set()
+
+    @torch.inference_mode()
+    def step(self, plan) -> np.ndarray:  # type: ignore[no-untyped-def]
+        tables = self._runner._tables
+        if len(plan.admissions):
+            tables.admit(plan)
+        index = next(index for index, shape in enumerate(self._shapes) if shape.fits(plan))
+        self.used.add(index)
+        shape = self._shapes[index]
+        words = np.full(shape.num_words, 2**30, np.int32)
+        shape.fill(words, plan, plan.block_updates, tables.scratch_slot)
+        packed = torch.from_numpy(words)
+        tables.set_blocks(packed[2 * shape.num_rows :].view(-1, 3))
+        slots, query_lens = packed[: 2 * shape.num_rows].view(2, -1).unbind(0)
+        return self._runner._step(slots, query_lens, shape.bounds)[: plan.num_rows].numpy()
+
+
+@pytest.mark.parametrize("arrivals", [[0] * 8, [0, 0, 1, 2, 5, 5, 9, 9]])
+def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int]) -> None:
+    outputs = []
+    for padded in (False, True):
+        runner, scheduler = make_runner(tiny_checkpoint)
+        shapes = [_GraphShape.decode(rows, MAX_LEN) for rows in (4, SLOTS)]
+        shapes += [_GraphShape.mixed(tokens, rows, MAX_LEN) for tokens in (32, 64) for rows in (3, SLOTS)]
+        graphs = PaddedRunner(runner, shapes)
+        tokens: dict[int, list[int]] = {}
+        step = 0
+        while scheduler.has_work or step <= max(arrivals):
+            for number, arrival in enumerate(arrivals):
+                if arrival == step:
+                    submit(scheduler, number, 1 + 13 * number % 50, scheduler.limits.vocab_size)
+            step += 1
+            planned = scheduler.plan()
+            if planned is None:
+                continue
+            if padded:
+                told = graphs.step(planned.plan)
+            else:
+                runner.launch(planned.plan)
+                told = runner.collect()
+            retired = scheduler.retire(planned, told)
+            for number, token in zip(retired.numbers.tolist(), retired.tokens.tolist(), strict=True):
+                tokens.setdefault(number, []).append(token)
+        outputs.append(tokens)
+        if padded:
+            assert len(graphs.used) >= 3, "the test uses too few shapes to show anything"
+    assert outputs[0] == outputs[1]
+    assert {len(tokens) for tokens in outputs[0].values()} == {12}
+
+
+def test_shapes_take_what_fits() -> None:
+    decode, mixed = _GraphShape.decode(4, MAX_LEN), _GraphShape.mixed(64, 4, MAX_LEN)
+    assert (decode.bounds.num_tokens, decode.bounds.max_chunk_rows) == (4, 0)
+    assert (mixed.bounds.num_tokens, mixed.bounds.max_chunk_rows) == (64, 4)
+    assert _GraphShape.mixed(4, 8, MAX_LEN).bounds.max_chunk_rows == 2  # a chunk has two tokens at least
