@@ -199,7 +199,9 @@ def _cpu_name() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3 (default: %(default)s)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3 (default: %(default)s)"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="(default: float32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each workload (default: %(default)s)")

@@ -50,9 +50,7 @@ def make_runner(folder: Path) -> tuple[Runner, Scheduler]:
 def submit(scheduler: Scheduler, number: int, prompt_tokens: int, vocab_size: int) -> None:
     prompt = np.random.default_rng(number).integers(0, vocab_size, prompt_tokens)
     sampling = SamplingParams(temperature=0.8 * (number % 2), seed=number)
-    scheduler.submit(
-        0, Submit(request=number, epoch=1, prompt=ids_to_bytes(prompt), sampling=sampling, max_tokens=12)
-    )
+    scheduler.submit(0, Submit(request=number, epoch=1, prompt=ids_to_bytes(prompt), sampling=sampling, max_tokens=12))
 
 
 class PaddedRunner:
