@@ -1,12 +1,12 @@
 """The server on a CPU against `transformers.generate`: `python -m bench.cpu --json out.json`.
 
 Both have the same random checkpoint of a published shape, the same dtype and the same number of threads, and answer the
-same requests greedily, by turns in one run; what counts is the ratio of each pair, since a shared machine is not the same
-from one minute to the next. Ours goes the whole way: `lightqwen serve` in processes of its own, over gRPC, streaming.
+same requests greedily, by turns in one run; what counts is the ratio of each pair, since a shared machine is not the
+same from one minute to the next. Ours goes the whole way: `lightqwen serve` in its own processes, over gRPC, streaming.
 
 - one: a single request;
-- mixed: 16 requests of mixed lengths. Ours get them at once; transformers gets one batch, prompts padded to the longest,
-  which runs until its longest output is done, as its users do.
+- mixed: 16 requests of mixed lengths. Ours gets them at once; transformers gets one batch, prompts padded to the
+  longest, which runs until the longest output is done.
 
 Tokens per second are the output tokens that were asked for over the time until the last of them.
 """
@@ -199,9 +199,7 @@ def _cpu_name() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3 (default: %(default)s)"
-    )
+    parser.add_argument("--size", choices=SIZES, default="0.6B", help="a published shape (default: %(default)s)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="(default: float32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each workload (default: %(default)s)")
