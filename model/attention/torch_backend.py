@@ -65,10 +65,7 @@ class TorchAttention:
         rows: list[_Row] = inputs.attention_plan
         for row in rows:
             keys, values = self._read(key_cache, value_cache, row.blocks)
-            attended = self._attend(
-                q[row.queries], keys.flatten(0, 1)[: row.kv_len], values.flatten(0, 1)[: row.kv_len]
-            )
-            out[row.queries] = attended
+            out[row.queries] = self._attend(q[row.queries], keys[: row.kv_len], values[: row.kv_len])
         return out
 
     def _blocks(self, block_table: torch.Tensor, kv_len: int) -> slice | torch.Tensor:
