@@ -1,12 +1,13 @@
 """The server on a CPU against `transformers.generate`: `python -m bench.cpu --json out.json`.
 
 Both have the same random checkpoint of a published shape, the same dtype and the same number of threads, and answer the
-same requests greedily, by turns in one run; what counts is the ratio of each pair, since a shared machine is not the
-same from one minute to the next. Ours goes the whole way: `lightqwen serve` in its own processes, over gRPC, streaming.
+same requests, by turns in one run; what counts is the ratio of each pair, since a shared machine is not the same from
+one minute to the next. Ours goes the whole way: `lightqwen serve` in its own processes, over gRPC, streaming.
 
-- one: a single request;
-- mixed: 16 requests of mixed lengths. Ours gets them at once; transformers gets one batch, prompts padded to the
-  longest, which runs until the longest output is done.
+- one: a single request, greedy;
+- mixed: 16 requests of mixed lengths, greedy. Ours gets them at once; transformers gets one batch, prompts padded to
+  the longest, which runs until the longest output is done;
+- sampled: as mixed, with what Qwen3 recommends: temperature 0.6, top-k 20, top-p 0.95.
 
 Tokens per second are the output tokens that were asked for over the time until the last of them.
 """
@@ -17,9 +18,7 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.provenance import provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, uniform
 from lightqwen.client import AsyncClient, Delta
@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16")
-EOS = 151_645  # random weights may draw it; both go on
-
 Tokens = list[list[int]]
+Sampling = dict[str, Any]
 
 
 def mixed_16() -> list[Job]:
@@ -50,7 +49,9 @@ def mixed_16() -> list[Job]:
     return [uniform(1, rng.randint(16, 256), rng.randint(16, 96), seed=i)[0] for i in range(16)]
 
 
-WORKLOADS = {"one": uniform(1, 64, 64), "mixed": mixed_16()}
+GREEDY: Sampling = {"temperature": 0.0}
+SAMPLED: Sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+WORKLOADS = {"one": (uniform(1, 64, 64), GREEDY), "mixed": (mixed_16(), GREEDY), "sampled": (mixed_16(), SAMPLED)}
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
@@ -73,9 +74,9 @@ def served(folder: Path, dtype: str, threads: int) -> Iterator[str]:
             process.terminate()
 
 
-async def _stream(client: AsyncClient, job: Job) -> list[int]:
+async def _stream(client: AsyncClient, job: Job, sampling: Sampling) -> list[int]:
     tokens: list[int] = []
-    options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "text": False, "token_ids": True}
+    options: dict[str, Any] = {"ignore_eos": True, "text": False, "token_ids": True, **sampling}
     generation = client.generate(job.prompt_ids, max_tokens=job.max_tokens, bypass_prefix_cache=True, **options)
     async for event in generation:
         if isinstance(event, Delta):
@@ -83,14 +84,14 @@ async def _stream(client: AsyncClient, job: Job) -> list[int]:
     return tokens
 
 
-def run_ours(address: str, jobs: list[Job]) -> tuple[float, Tokens]:
+def run_ours(address: str, jobs: list[Job], sampling: Sampling) -> tuple[float, Tokens]:
     """Seconds from the first call to the last token, and the tokens."""
 
     async def run() -> tuple[float, Tokens]:
         async with AsyncClient(address) as client:
             await client.channel.channel_ready()
             began = time.perf_counter()
-            tokens = await asyncio.gather(*(_stream(client, job) for job in jobs))
+            tokens = await asyncio.gather(*(_stream(client, job, sampling) for job in jobs))
             return time.perf_counter() - began, list(tokens)
 
     return asyncio.run(run())
@@ -119,7 +120,7 @@ def load_theirs(folder: Path, dtype: str) -> PreTrainedModel:
     return model.eval()
 
 
-def run_theirs(model: PreTrainedModel, jobs: list[Job]) -> tuple[float, Tokens]:
+def run_theirs(model: PreTrainedModel, jobs: list[Job], sampling: Sampling) -> tuple[float, Tokens]:
     """Seconds of one `generate`, and the tokens that were asked for."""
     import torch
 
@@ -127,9 +128,10 @@ def run_theirs(model: PreTrainedModel, jobs: list[Job]) -> tuple[float, Tokens]:
     padding = [longest - len(job.prompt_ids) for job in jobs]
     ids = torch.tensor([[0] * pad + job.prompt_ids for pad, job in zip(padding, jobs, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+    options = {"do_sample": False} if sampling is GREEDY else {"do_sample": True, **sampling}
     steps = max(job.max_tokens for job in jobs)
     began = time.perf_counter()
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=steps, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=steps, **options)
     seconds = time.perf_counter() - began
     return seconds, [row[longest : longest + job.max_tokens].tolist() for row, job in zip(out, jobs, strict=True)]
 
@@ -142,15 +144,15 @@ def measure(folder: Path, dtype: str, threads: int, pairs: int) -> dict[str, Any
     results: dict[str, Any] = {}
     model = load_theirs(folder, dtype)
     with served(folder, dtype, threads) as address:
-        for name, jobs in WORKLOADS.items():
+        for name, (jobs, sampling) in WORKLOADS.items():
             asked = sum(job.max_tokens for job in jobs)
             short = [Job(job.prompt_ids, 2) for job in jobs]
-            run_ours(address, short)  # warm-up
-            run_theirs(model, short)
+            run_ours(address, short, sampling)  # warm-up
+            run_theirs(model, short, sampling)
             ours, theirs = [], []
             for pair in range(pairs):
                 for mine in (True, False) if pair % 2 == 0 else (False, True):
-                    seconds, tokens = run_ours(address, jobs) if mine else run_theirs(model, jobs)
+                    seconds, tokens = run_ours(address, jobs, sampling) if mine else run_theirs(model, jobs, sampling)
                     (ours if mine else theirs).append((asked / seconds, tokens))
                 print(f"{dtype} {name} pair {pair}: {ours[-1][0]:.2f} against {theirs[-1][0]:.2f} tokens/s", flush=True)
             ratios = [mine / other for (mine, _), (other, _) in zip(ours, theirs, strict=True)]
@@ -159,7 +161,7 @@ def measure(folder: Path, dtype: str, threads: int, pairs: int) -> dict[str, Any
                 "transformers_tok_s": [rate for rate, _ in theirs],
                 "ratio_median": statistics.median(ratios),
                 "ratios": ratios,
-                "same_tokens": _share_of_equal(ours[0][1], theirs[0][1]),
+                "same_tokens": _share_of_equal(ours[0][1], theirs[0][1]) if sampling is GREEDY else None,
             }
     return results
 
@@ -173,30 +175,6 @@ def _share_of_equal(ours: Tokens, theirs: Tokens) -> float:
     return equal / sum(len(mine) for mine in ours)
 
 
-def provenance(threads: int) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": shlex.join(["python", "-m", "bench.cpu", *sys.argv[1:]]),
-        "commit": commit or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "threads": threads,
-        "load_average_before": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="a published shape (default: %(default)s)")
@@ -207,9 +185,11 @@ def main() -> int:
     arguments = parser.parse_args()
 
     import torch
+    import transformers
 
     torch.set_num_threads(arguments.threads)
-    report = provenance(arguments.threads) | {"size": arguments.size}
+    report = provenance("bench.cpu") | {"size": arguments.size, "threads": arguments.threads}
+    report |= {"torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_checkpoint(arguments.size, folder)
@@ -219,9 +199,8 @@ def main() -> int:
     for dtype in arguments.dtype:
         for name, result in report[dtype].items():
             ours, theirs = (statistics.median(result[key]) for key in ("ours_tok_s", "transformers_tok_s"))
-            print(
-                f"{dtype:10}{name:10}{ours:14.2f}{theirs:14.2f}{result['ratio_median']:8.2f}{result['same_tokens']:13.0%}"
-            )
+            same = "" if result["same_tokens"] is None else f"{result['same_tokens']:.0%}"
+            print(f"{dtype:10}{name:10}{ours:14.2f}{theirs:14.2f}{result['ratio_median']:8.2f}{same:>13}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
