@@ -140,7 +140,7 @@ def _penalize(scores: torch.Tensor, slots: torch.Tensor, tables: SamplingTables)
 def _draw(scores: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
     """Draw from tempered scores [rows, vocab]: only those that may win are put in order and get noise."""
     top_k, top_p = tables.top_k[slots], tables.top_p[slots]
-    tokens = torch.empty_like(slots)
+    tokens = torch.empty_like(slots, dtype=torch.int64)
     limited, nucleus = top_k > 0, (top_k == 0) & (top_p < 1)
     for group, candidates in ((limited, _top_k), (nucleus, _sorted), (~limited & ~nucleus, _all)):
         rows = group.nonzero().squeeze(1)

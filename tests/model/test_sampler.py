@@ -31,7 +31,7 @@ def draw(logits: torch.Tensor, tables: SamplingTables, positions: range) -> list
     """Draw one token at each position from the same logits [vocab]."""
     rows = len(positions)
     lengths = torch.tensor(positions, dtype=torch.int32)
-    return sample(logits.expand(rows, -1).contiguous(), torch.zeros(rows, dtype=torch.int64), lengths, tables).tolist()
+    return sample(logits.expand(rows, -1).contiguous(), torch.zeros(rows, dtype=torch.int32), lengths, tables).tolist()
 
 
 def exact_probabilities(logits: np.ndarray, length: int, tables: SamplingTables) -> np.ndarray:
