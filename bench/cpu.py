@@ -44,9 +44,9 @@ Sampling = dict[str, Any]
 
 
 def mixed_16() -> list[Job]:
-    """16 requests, prompts of 16 to 256 tokens, outputs of 16 to 96."""
+    """16 requests, prompts of 16 to 192 tokens, outputs of 16 to 64."""
     rng = random.Random(0)
-    return [uniform(1, rng.randint(16, 256), rng.randint(16, 96), seed=i)[0] for i in range(16)]
+    return [uniform(1, rng.randint(16, 192), rng.randint(16, 64), seed=i)[0] for i in range(16)]
 
 
 GREEDY: Sampling = {"temperature": 0.0}
