@@ -22,7 +22,7 @@ import trustme
 from tests.bench.scripted_server import CONTEXT_LENGTH, VOCAB_SIZE, ScriptedServer
 from tests.processes import LIGHTQWEN, children, until
 
-SLACK_S = 0.25
+SLACK_S = 0.5
 """What a busy machine may add to a time; what the server waits nothing can take away."""
 
 
@@ -88,18 +88,18 @@ def test_rate_is_kept(server: ScriptedServer, tmp_path: Path) -> None:
     measure(server, tmp_path, "--num-requests", "40", "--request-rate", "20", "--burstiness", "inf", "--processes", "2")
     arrived = np.sort(server.arrived)
     assert arrived[-1] - arrived[0] == pytest.approx(39 / 20, abs=SLACK_S)
-    assert np.median(np.diff(arrived)) == pytest.approx(1 / 20, abs=0.02)
+    assert np.median(np.diff(arrived)) == pytest.approx(1 / 20, abs=0.03)
 
 
 def test_trace_is_sent_at_its_times(server: ScriptedServer, tmp_path: Path) -> None:
     lines = [
         {"timestamp": 100, "prompt": "One", "output_length": 3},
-        {"timestamp": 400, "messages": [{"role": "user", "content": "Two"}], "output_length": 4},
-        {"timestamp": 900, "input_length": 9, "output_length": 5},
+        {"timestamp": 1100, "messages": [{"role": "user", "content": "Two"}], "output_length": 4},
+        {"timestamp": 2600, "input_length": 9, "output_length": 5},
     ]
     (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     measure(server, tmp_path, "--trace", tmp_path / "trace.jsonl", "--time-scale", "0.001", "--processes", "1")
-    assert np.diff(server.arrived) == pytest.approx([0.3, 0.5], abs=SLACK_S)
+    assert np.diff(server.arrived) == pytest.approx([1.0, 1.5], abs=SLACK_S)
     text, chat, lengths = server.requests
     assert (text.prompt.text, text.stopping.max_tokens, text.stopping.ignore_eos) == ("One", 3, False)
     assert [message.content for message in chat.prompt.chat.messages] == ["Two"]
