@@ -23,14 +23,14 @@ import torch
 
 from bench.shapes import SIZES, write_config
 from model.kernels.activation import silu_and_mul
-from model.kernels.attention import paged_decode, paged_prefill
+from model.kernels.attention import paged_attention_triton, plan_attention
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope_kv import qk_norm_rope_store
 from model.sampler import SamplingTables, sample
 
 READ_TBPS, BF16_TFLOPS = 4.41, 799.0
 BATCHES = (1, 8, 64, 256)
-CONTEXTS = (512, 8192)
+CONTEXTS = (300, 1024, 8192)
 PREFILLS = ((16, 512), (4, 4096))
 ROTATED_BYTES = 256 << 20  # inputs to go through before one is used again: several times an H200's 60 MB of L2
 MAX_ROTATIONS = 64
@@ -138,19 +138,26 @@ def elementwise_cases(shape: Shape, block_size: int) -> Iterator[Case]:
         )
 
 
-def make_attention(shape: Shape, rows: int, queries: int, kv_len: int, block_size: int, max_kv_len: int) -> Call:
-    """Return a launch over rows whose blocks lie in random order."""
+def make_attention(shape: Shape, rows: int, queries: int, kv_len: int, block_size: int) -> Call:
+    """Return a layer's launch over rows whose blocks lie in random order; the step's plan is made before."""
     heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     blocks_per_row = -(-kv_len // block_size)
     key_cache, value_cache = (randn(rows * blocks_per_row, block_size, kv_heads, head_dim) for _ in range(2))
     tables = torch.randperm(rows * blocks_per_row, device="cuda").int().view(rows, blocks_per_row)
     q = randn(rows * queries, heads, head_dim)
     kv_lens = integers([kv_len] * rows)
-    scale = head_dim**-0.5
-    if queries == 1:
-        return lambda: paged_decode(q, key_cache, value_cache, tables, kv_lens, scale, max_kv_len)
     starts = integers([row * queries for row in range(rows + 1)])
-    return lambda: paged_prefill(q, key_cache, value_cache, tables, starts, kv_lens, scale, queries)
+    plan = plan_attention(
+        starts,
+        kv_lens,
+        num_tokens=rows * queries,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=DTYPE,
+        max_chunk_rows=0 if queries == 1 else rows,
+    )
+    return lambda: paged_attention_triton(q, key_cache, value_cache, tables, starts, kv_lens, head_dim**-0.5, plan)
 
 
 def attention_cases(shape: Shape, block_size: int) -> Iterator[Case]:
@@ -158,18 +165,17 @@ def attention_cases(shape: Shape, block_size: int) -> Iterator[Case]:
     for context in CONTEXTS:
         for rows in BATCHES:
             yield Case(
-                kernel="paged_decode",
+                kernel="decode attention",
                 workload=f"batch {rows}, context {context}",
-                # The bound is that of a captured graph: the longest sequence that the server allows.
-                make=partial(make_attention, shape, rows, 1, context, block_size, 40_960),
+                make=partial(make_attention, shape, rows, 1, context, block_size),
                 num_bytes=2 * 2 * rows * (context * kv_heads + heads) * head_dim,
                 flops=4 * rows * context * heads * head_dim,
             )
     for rows, length in PREFILLS:
         yield Case(
-            kernel="paged_prefill",
+            kernel="prefill attention",
             workload=f"{rows} x {length}",
-            make=partial(make_attention, shape, rows, length, length, block_size, length),
+            make=partial(make_attention, shape, rows, length, length, block_size),
             num_bytes=2 * 2 * rows * length * (kv_heads + heads) * head_dim,
             flops=4 * heads * head_dim * rows * length * (length + 1) // 2,
         )
@@ -189,7 +195,7 @@ def make_sampling(shape: Shape, rows: int, parameters: dict[str, float]) -> Call
     for name, value in parameters.items():
         getattr(tables, name).fill_(value)
     logits = 3 * randn(rows, shape.vocab_size)
-    slots = torch.arange(rows, device="cuda")
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
     lengths = integers([100] * rows)
     return lambda: sample(logits, slots, lengths, tables)
 

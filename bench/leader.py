@@ -25,6 +25,7 @@ def full_scheduler(rows: int) -> Scheduler:
         max_model_len=4096,
         max_running=rows,
         max_batched_tokens=max(8192, rows),
+        max_mixed_tokens=max(8192, rows),
         block_size=64,
         num_blocks=rows * 64,
         watermark_blocks=16,

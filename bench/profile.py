@@ -138,6 +138,7 @@ def _limits(config: EngineConfig, shape: Qwen3Config, runtime: RuntimeConfig, nu
         max_model_len=min(runtime.max_model_len, num_blocks * runtime.block_size),
         max_running=runtime.max_running,
         max_batched_tokens=runtime.max_batched_tokens,
+        max_mixed_tokens=runtime.max_mixed_tokens,
         block_size=runtime.block_size,
         num_blocks=num_blocks,
         watermark_blocks=int(config.admission_watermark * num_blocks),

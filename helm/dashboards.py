@@ -199,7 +199,7 @@ def overview() -> Dashboard:
         Panel(
             title="Output tokens per second",
             text="Tokens that the engine makes, all servers together. (lightqwen_generation_tokens_total)",
-            unit="none",
+            unit="suffix: tok/s",
             kind="stat",
             width=4,
             height=5,
@@ -239,7 +239,7 @@ def overview() -> Dashboard:
                 "(lightqwen_generation_tokens_total, lightqwen_computed_prompt_tokens_total, "
                 "lightqwen_prefix_cache_hit_tokens_total)"
             ),
-            unit="none",
+            unit="suffix: tok/s",
             queries=[
                 Query(rate("generation_tokens_total"), "output"),
                 Query(rate("computed_prompt_tokens_total"), "prompt, computed"),

@@ -115,6 +115,12 @@ class Qwen3Config:
             return self.max_position_embeddings
         return max(self.max_position_embeddings, int(self.rope.original_max_position * self.rope.factor))
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of all layers' matrices: a token costs two operations for each, attention and head left out."""
+        attention = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        return self.num_hidden_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+
     def check_parallel(self, size: int) -> None:
         """Refuse a tensor-parallel size that does not divide this model.
 

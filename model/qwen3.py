@@ -242,11 +242,6 @@ class Qwen3ForCausalLM(nn.Module):
         """Which steps may be captured in a CUDA graph; the attention backend decides."""
         return self._attention.graphs
 
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of this rank's layers for one token, attention and head left out."""
-        return 2 * sum(parameter.numel() for parameter in self.model.layers.parameters())
-
     def materialize(self, device: torch.device) -> None:
         """Give a model made on `meta` memory on `device`; its weights then hold no values yet."""
         self.to_empty(device=device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +44,30 @@ def is_alive(pid: int) -> bool:
 
 def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """Addresses at which these processes listen for TCP (Linux)."""
+    found = set()
+    for pid in pids:
+        sockets = set()
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                sockets.add(os.readlink(descriptor))
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                    found.add(_address(fields[1].partition(":")[0]))
+    return found
+
+
+def _address(words: str) -> str:
+    """As people write it. `words`: as /proc writes it, 32 bits after 32 bits in the machine's own byte order."""
+    native = bytes.fromhex(words)
+    count = len(native) // 4
+    address = ipaddress.ip_address(struct.pack(f">{count}I", *struct.unpack(f"={count}I", native)))
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 @dataclass

@@ -22,7 +22,7 @@ import grpc
 import pytest
 
 from lightqwen.client import Client, Delta, Generation, LightqwenError
-from tests.processes import Serve, is_alive, until
+from tests.processes import Serve, is_alive, listening, until
 from tests.service.test_probes import NOT_SERVING, SERVING, Prober
 
 pytestmark = [
@@ -151,6 +151,8 @@ def test_the_tokens_are_those_of_one_rank_and_sigterm_drains_all(expected: list[
         for prober in probers:
             until(lambda prober=prober: prober.check() == SERVING, 5.0, "not ready")  # type: ignore[misc]
         assert answers(group.leader.address) == expected
+        for node in group.nodes:
+            assert listening(node.seen) == {"127.0.0.1"}, "nothing is open beyond the leader's address"
         with running_stream(group.leader.address) as generation:
             group.leader.process.terminate()
             until(lambda: probers[0].check() == NOT_SERVING, 5.0, "draining is not seen")
@@ -182,28 +184,35 @@ def test_a_rank_that_is_killed_elsewhere_fails_the_streams_and_ends_all(expected
 
 
 def test_a_rank_of_node_0_that_is_killed_fails_the_streams_and_ends_all() -> None:
+    """While it drains, too: an end that loses streams is no end as asked."""
     variables = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "localhost", "LIGHTQWEN_LEADER_PORT": "{port}"}
     env = [variables | {"LWS_WORKER_INDEX": str(node)} for node in range(2)]
     with loopback(env=env) as group:
         group.wait_ready()
         _, rank = group.leader.workers
         with running_stream(group.leader.address) as generation:
+            group.leader.process.terminate()
             os.kill(rank, signal.SIGKILL)
             assert failure(generation).code is grpc.StatusCode.UNAVAILABLE
         assert group.exit_codes(20) == [1, 1]
 
 
 def test_a_node_that_is_asked_to_end_lets_what_runs_finish() -> None:
+    """Though node 0 is asked as well a moment later, as it is when a whole group must go."""
     variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
     env = [variables | {"NODE_RANK": str(node)} for node in range(2)]
-    with loopback(env=env) as group:
+    with loopback("--health-port", "0", env=env) as group:
         group.wait_ready()
+        prober = Prober(group.leader.facts["health"])
         with running_stream(group.leader.address) as generation:
             group.member.process.terminate()
+            until(lambda: prober.check() == NOT_SERVING, 5.0, "it does not drain")
+            group.leader.process.terminate()
             assert len(list(generation)) > 0
             assert generation.finished is not None
             assert generation.finished.usage.output_tokens == LONG
         assert group.exit_codes(20) == [0, 0]
+        prober.channel.close()
 
 
 def test_torchrun_starts_it_like_any_other_program(expected: list[list[int]]) -> None:
@@ -367,6 +376,8 @@ def test_machines_with_addresses_of_their_own(machines: Machines, expected: list
         assert group.member.facts["ranks"] == "2,3"
         assert answers(group.leader.address) == expected
         group.look()
+        for node, address in zip(group.nodes, machines.addresses, strict=True):
+            assert listening(node.seen) == {address}, "the leader's address, and the interface that leads there"
         with running_stream(group.leader.address) as generation:
             began = time.monotonic()
             group.member.process.kill()  # with it its ranks

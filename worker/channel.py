@@ -22,6 +22,9 @@ from worker.client import EngineEndpoint
 from worker.messages import PROTOCOL_VERSION, Hello, ToGateway, ToLeader
 from worker.network import bind_tcp
 
+MAX_GREETING_BYTES, MAX_GREETINGS = 4096, 16
+"""Nothing longer is taken from the network, and no more of them wait for each connection: followers only greet."""
+
 
 def private_endpoint(name: str) -> EngineEndpoint:
     """A new address that only this machine can reach, with a secret.
@@ -53,8 +56,10 @@ class _Router:
         self._identity_of: list[bytes] = []
         self._peer_of: dict[bytes, int] = {}
 
-    def open_to(self, address: str) -> int:
-        """Listen on the network too, at any free port of this address; returns the port."""
+    def open_to(self, address: str | None) -> int:
+        """Listen on the network too, at any free port of this address of ours, or of all; returns the port."""
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_GREETING_BYTES)
+        self._socket.setsockopt(zmq.RCVHWM, MAX_GREETINGS)
         return bind_tcp(self._socket, address)
 
     def wait(self, timeout_s: float) -> bool:
@@ -87,8 +92,8 @@ class _Router:
             return None
         try:
             hello = self._decode_hello(payload)
-        except msgspec.MsgspecError:
-            return None  # anybody on this machine can connect and say anything
+        except (msgspec.MsgspecError, RecursionError):  # the latter: lists within lists within lists
+            return None  # anybody can connect and say anything
         if not hmac.compare_digest(hello.secret, self._secret) or hello.version != PROTOCOL_VERSION:
             return None
         self._peer_of[identity] = len(self._identity_of)
@@ -153,9 +158,9 @@ class PlanSender:
         self._num_followers = num_followers
         self.secret = endpoint.secret
 
-    def open_to(self, address: str) -> int:
-        """Listen for followers on other machines too; returns the port. Those on this one keep to the private socket:
-        a plan for them never passes through the network's stack."""
+    def open_to(self, address: str | None) -> int:
+        """Listen for followers on other machines too, as `_Router.open_to`. Those on this one keep to the private
+        socket: a plan for them never passes through the network's stack."""
         return self._router.open_to(address)
 
     def gather(self) -> None:

@@ -48,6 +48,9 @@ class EngineConfig(BaseModel):
     """Requests computed at the same time (slots). Default: 256 on CUDA, 64 on the CPU."""
     max_batched_tokens: int | None = Field(None, ge=16)
     """Tokens of one step at most; longer prompts are prefilled in chunks. Default: 8192 on CUDA, 1024 on the CPU."""
+    max_mixed_tokens: int | None = Field(None, ge=16)
+    """The same for steps in which requests decode: their next token waits for the whole step. Default on CUDA: what a
+    rank computes in some 60 ms of a Hopper GPU, within --max-batched-tokens; on the CPU: --max-batched-tokens."""
     block_size: int = Field(64, ge=1, le=1024)
     """Tokens of one KV block."""
     num_blocks: int | None = Field(None, ge=1)
@@ -59,7 +62,7 @@ class EngineConfig(BaseModel):
     prefix_caching: bool = True
     """Reuse KV blocks of equal prompt prefixes."""
     cuda_graphs: bool = True
-    """Run decode steps as CUDA graphs (CUDA only). Off helps debugging."""
+    """Run steps as CUDA graphs, all but very large ones (CUDA only). Off helps debugging."""
     run_ahead: int | None = Field(None, ge=1, le=4)
     """Steps in flight before the oldest is read back. Default: 2 on CUDA, 1 on the CPU."""
     admission_watermark: float = Field(0.01, ge=0.0, lt=1.0)

@@ -13,7 +13,8 @@ from collections import deque
 
 from worker.children import Children, Facts, OnReady, Ranks, StopError, wait
 from worker.config import ConfigError, EngineConfig
-from worker.nodes import Leaving, Lost, MemberLine, where
+from worker.nodes import Leaving, Lost, MemberLine
+from worker.rendezvous import where
 from worker.vitals import Vitals
 
 logger = logging.getLogger(__name__)

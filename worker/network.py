@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -31,33 +33,42 @@ def reach(host: str, port: int, timeout_s: float) -> Way:
         return Way(connection.getsockname()[0], connection.getpeername()[0])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Listen at an address of this machine, or at all of them where `host` is somebody else's, such as a service's.
+def own_address(host: str) -> str | None:
+    """The address under which `host` is this machine; None if it is somebody else's, such as a service's.
+
+    A name may have several. One that other machines can reach goes before loopback.
+
+    Raises:
+        OSError: the name is not known, or not yet.
+    """
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    own = [str(address[0]) for family, kind, protocol, _, address in found if _is_own(family, kind, protocol, address)]
+    return min(own, key=is_loopback, default=None)
+
+
+def _is_own(family: int, kind: int, protocol: int, address: Any) -> bool:
+    with socket.socket(family, kind, protocol) as probe:
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches it there. `address`: a number, not a name."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def listen(address: str | None, port: int) -> socket.socket:
+    """Listen at an address of this machine; None: at all that it has.
 
     Raises:
         OSError: the port is in use.
     """
-    own = own_address(host)
-    if own is None:
+    if address is None:
         return socket.create_server(("", port))
-    family = socket.AF_INET6 if ":" in own else socket.AF_INET
-    return socket.create_server((own, port), family=family)
-
-
-def own_address(host: str) -> str | None:
-    """The address under which `host` is this machine; None if it is not, or is not known yet."""
-    try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        return None
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.bind(address)
-            except OSError:
-                continue
-            return str(address[0])
-    return None
+    return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
 
 
 def interface_of(address: str) -> str | None:
@@ -91,10 +102,9 @@ def tcp(address: str, port: int | str) -> str:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
-def bind_tcp(endpoint: zmq.Socket[bytes], host: str) -> int:
-    """Let a socket listen at any free port of an address of this machine, or of all of them as `listen` does."""
-    own = own_address(host)
-    endpoint.setsockopt(zmq.IPV6, int(own is not None and ":" in own))
-    endpoint.bind(tcp("*" if own is None else own, "*"))
-    address: bytes = endpoint.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
-    return int(address.decode().rstrip("\0").rpartition(":")[2])
+def bind_tcp(endpoint: zmq.Socket[bytes], address: str | None) -> int:
+    """Let a socket listen at any free port of an address of this machine, or of all of them; returns the port."""
+    endpoint.setsockopt(zmq.IPV6, int(address is not None and ":" in address))
+    endpoint.bind(tcp(address or "*", "*"))
+    place: bytes = endpoint.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
+    return int(place.decode().rstrip("\0").rpartition(":")[2])

@@ -1,11 +1,10 @@
-"""How the supervisors of several machines find each other, start together, and learn that one is gone.
+"""The lines between the supervisors of several machines: how they find each other, start together, and learn of a loss.
 
-They meet at torch's c10d store, which node 0 hosts at the leader's address and port (under torchrun: its agent does).
-The ranks join their process group through the same store. Beside it each node keeps a line to node 0: a ZeroMQ
-connection with typed JSON on it, whose place and secret are in the store. Both ends say something every second; a line
-that breaks, or is silent for too long, means that a node is gone, and with it the group.
+Each node keeps a line to node 0: a ZeroMQ connection with typed JSON on it, whose place and secret are in the store
+where they meet (`worker/rendezvous.py`). Both ends say something every second; a line that breaks, or is silent for too
+long, means that a node is gone, and with it the group.
 
-Whoever reaches these ports can join: like NCCL's own they belong into a network that only the nodes share.
+Whoever reaches the store can join: like NCCL's ports it belongs into a network that only the nodes share.
 """
 
 from __future__ import annotations
@@ -14,26 +13,22 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import secrets
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
-from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
 from worker.messages import PROTOCOL_VERSION
-from worker.network import bind_tcp, interface_of, listen, reach, tcp
+from worker.network import bind_tcp, reach, tcp
+from worker.rendezvous import REACH_TIMEOUT_S, bind_address, connect_store, host_store, leader_of, warn_of, where
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
-
-    from worker.channel import PlanSender
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +36,7 @@ BEAT_S = 1.0
 SILENCE_S = 15.0
 """A node that says nothing for so long is gone. One whose process ended is noticed at once."""
 RETRY_S = 0.5
-STORE_TIMEOUT_S = 60.0
-LINE_KEY, PLANS_KEY = "line", "plans"
+LINE_KEY = "line"
 
 MAY_DIFFER = frozenset(
     {
@@ -63,13 +57,13 @@ MAY_DIFFER = frozenset(
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
+# What a node says comes with the secret, as a part of its own: what strangers say is not even decoded.
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
     """Node -> node 0, first of all. `checkpoint` is a digest of its config.json."""
 
     node: int
-    secret: str
     version: int
     options: dict[str, Any]
     checkpoint: str
@@ -115,105 +109,9 @@ _to_node: msgspec.json.Decoder[ToNode] = msgspec.json.Decoder(ToNode)
 _encode = msgspec.json.Encoder().encode
 
 
-# ---- the store -------------------------------------------------------------------------------------------------------
-
-
-def where(config: EngineConfig) -> str:
-    """Node 0's address and port, for messages."""
-    return f"{config.leader_address}:{config.leader_port}"
-
-
-def host_store(config: EngineConfig) -> Store:
-    """Node 0: open the store at the leader's address, or join the one that torchrun's agent has opened there.
-
-    Raises:
-        ConfigError: the port is in use.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    if _agent_has_store():
-        return connect_store(config)
-    try:
-        listener = listen(_leader(config), config.leader_port)
-    except OSError as error:
-        why = os.strerror(error.errno or 0)  # its own text has the address in it once more
-        raise ConfigError(f"cannot listen on {where(config)}: {why}; see --leader-port") from error
-    address, descriptor = listener.getsockname()[0], listener.detach()
-    store = TCPStore(
-        _leader(config) if address in ("0.0.0.0", "::") else address,
-        config.leader_port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=STORE_TIMEOUT_S),
-        master_listen_fd=descriptor,
-    )
-    return _ours(store)
-
-
-def connect_store(config: EngineConfig) -> Store:
-    """Reach the store that is there already.
-
-    Raises:
-        OSError: it is not there.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    way = reach(_leader(config), config.leader_port, timeout_s=5.0)  # tells in one line what the store tells in many
-    store = TCPStore(
-        way.theirs,
-        config.leader_port,
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=STORE_TIMEOUT_S),
-    )
-    return _ours(store)
-
-
-def choose_interface(config: EngineConfig) -> None:
-    """Let gloo and NCCL use the interface that leads to node 0, unless the user has chosen one."""
-    name = interface_of(reach(_leader(config), config.leader_port, timeout_s=5.0).ours)
-    if name is None:
-        logger.warning("no interface has the address that leads to %s; gloo and NCCL choose one", where(config))
-        return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, not all that begin so
-
-
-def _ours(store: Store) -> Store:
-    """Our part of the store; with torchrun a new one after each of its restarts."""
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_has_store() else "0"
-    return PrefixStore(f"lightqwen/{attempt}", store)
-
-
-def _agent_has_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _leader(config: EngineConfig) -> str:
-    if config.leader_address is None:
-        raise ConfigError("--leader-address: is needed with --nodes")
-    return config.leader_address
-
-
-# ---- plans for ranks on other nodes ----------------------------------------------------------------------------------
-
-
-def publish_plans(config: EngineConfig, store: Store, sender: PlanSender) -> None:
-    """The leader: open its socket to the network, and say where."""
-    place = {"port": sender.open_to(_leader(config)), "secret": sender.secret.hex()}
-    store.set(PLANS_KEY, json.dumps(place))
-
-
-def find_plans(config: EngineConfig, store: Store) -> EngineEndpoint:
-    """A follower on another node: where the leader's plans come from."""
-    place = json.loads(store.get(PLANS_KEY))
-    leader = reach(_leader(config), config.leader_port, timeout_s=5.0).theirs
-    return EngineEndpoint(tcp(leader, place["port"]), bytes.fromhex(place["secret"]))
-
-
 # ---- node 0's end ----------------------------------------------------------------------------------------------------
+
+_OTHER_VERSION = Refused("it runs another version of lightqwen", final=True)
 
 
 class _Node:
@@ -225,48 +123,47 @@ class _Node:
 
 
 class LeaderLine:
-    """Node 0's ends of the lines. `turn` it about once a second or oftener, and look at what it has learned.
-
-    Raises:
-        ConfigError: the port is in use.
-    """
+    """Node 0's ends of the lines. `turn` it about once a second or oftener, and look at what it has learned."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._options, self._checkpoint = shared_options(config), checkpoint_digest(config)
         self._nodes: dict[int, _Node] = {}
-        self._secret = secrets.token_hex(16)
+        self._secret = secrets.token_bytes(16)
+        self.store: Store | None = None  # open as long as node 0 lives
+        self.problem = ""  # why it is not open yet
+        self._not_before = 0.0
         self._beat_at = 0.0
         self._deadline = time.monotonic() + config.join_timeout_s
         self.started = False
         self.leaving = False
         self.loss: Lost | None = None
-        self.store = host_store(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 16)
-        port = bind_tcp(self._socket, _leader(config))
-        self.store.set(LINE_KEY, json.dumps({"port": port, "secret": self._secret}))
 
     @property
     def missing(self) -> list[int]:
         return [node for node in range(1, self._config.nodes) if node not in self._nodes]
 
     def turn(self) -> None:
-        """Hear the nodes, tell them that we live, notice who is gone.
+        """Open the place where all meet, hear the nodes, tell them that we live, notice who is gone.
 
         Raises:
-            ConfigError: not all nodes came in time.
+            ConfigError: the port is in use, or not all nodes came in time.
         """
+        now = time.monotonic()
+        if self.store is None and now >= self._not_before:
+            self.store = self._try_to_open()
         while True:
             try:
                 identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            self._take(identity, parts[-1] if parts else b"")
-        now = time.monotonic()
+            if len(parts) == 2 and hmac.compare_digest(parts[0], self._secret):
+                self._take(identity, parts[1])
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             for number, node in list(self._nodes.items()):
@@ -275,6 +172,8 @@ class LeaderLine:
                 elif now - node.heard > SILENCE_S:
                     self._gone(number, f"node {number} said nothing for {SILENCE_S:g} s")
         if not self.started and self.missing and now > self._deadline:
+            if self.store is None:
+                raise ConfigError(f"cannot listen on {where(self._config)}: {self.problem}; see --leader-address")
             missing = ", ".join(map(str, self.missing))
             raise ConfigError(
                 f"node {missing} of {self._config.nodes} did not join at {where(self._config)} within "
@@ -294,11 +193,27 @@ class LeaderLine:
         self._socket.close()
         self._context.term()
 
+    def _try_to_open(self) -> Store | None:
+        """None: not now. A pod's name, for one, is known some seconds after the pod runs."""
+        try:
+            address = bind_address(self._config)
+            store = host_store(self._config, address)
+        except OSError as error:
+            first, self.problem = not self.problem, error.strerror or str(error)
+            if first:
+                logger.warning("cannot listen on %s yet: %s", where(self._config), self.problem)
+            self._not_before = time.monotonic() + RETRY_S
+            return None
+        warn_of(self._config, address)
+        store.set(LINE_KEY, json.dumps({"port": bind_tcp(self._socket, address), "secret": self._secret.hex()}))
+        return store
+
     def _take(self, identity: bytes, payload: bytes) -> None:
         try:
             message = _from_node.decode(payload)
         except msgspec.MsgspecError:
-            return  # anybody in the network can connect and say anything
+            self._send(identity, _OTHER_VERSION)
+            return
         if isinstance(message, Join):
             self._join(identity, message)
             return
@@ -312,9 +227,7 @@ class LeaderLine:
             self.loss = Lost(f"node {number}: {message.reason}", message.fatal)
 
     def _join(self, identity: bytes, join: Join) -> None:
-        if not hmac.compare_digest(join.secret, self._secret) or not 0 < join.node < self._config.nodes:
-            return
-        refused = self._why_not(join)
+        refused = self._why_not(identity, join)
         if refused is not None:
             logger.warning("node %d cannot join: %s", join.node, refused.reason)
             self._send(identity, refused)
@@ -322,11 +235,11 @@ class LeaderLine:
         self._nodes[join.node] = _Node(identity)
         logger.info("node %d of %d has joined", join.node, self._config.nodes)
 
-    def _why_not(self, join: Join) -> Refused | None:
+    def _why_not(self, identity: bytes, join: Join) -> Refused | None:
         if self.started:
             return Refused("its ranks run already", final=False)
         if join.version != PROTOCOL_VERSION:
-            return Refused("it runs another version of lightqwen", final=True)
+            return _OTHER_VERSION
         for name, ours in self._options.items():
             theirs = join.options.get(name)
             if theirs != ours:
@@ -334,6 +247,11 @@ class LeaderLine:
                 return Refused(f"{option} must be the same on all nodes: {ours} on node 0, here {theirs}", final=True)
         if join.checkpoint != self._checkpoint:
             return Refused("--model must be the same on all nodes: its config.json differs from node 0's", final=True)
+        if not 0 < join.node < self._config.nodes:
+            return Refused(f"there is no node {join.node} of {self._config.nodes}", final=True)
+        there = self._nodes.get(join.node)
+        if there is not None and there.identity != identity:  # or one that died, which is noticed soon
+            return Refused(f"another process is node {join.node} already; see --node-rank", final=False)
         return None
 
     def _gone(self, number: int, reason: str) -> None:
@@ -362,6 +280,7 @@ class MemberLine:
         self._options, self._checkpoint = shared_options(config), checkpoint_digest(config)
         self._deadline = time.monotonic() + config.join_timeout_s
         self._search: _Search | None = None
+        self._secret = b""
         self._problem = ""
         self._not_before = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -390,7 +309,7 @@ class MemberLine:
 
     def say(self, message: FromNode) -> None:
         if self._socket is not None:
-            self._socket.send(_encode(message), zmq.NOBLOCK)
+            self._socket.send_multipart([self._secret, _encode(message)], zmq.NOBLOCK)
 
     def close(self) -> None:
         self._hang_up()
@@ -407,14 +326,14 @@ class MemberLine:
         if found.line is None:
             self._again(found.problem)
             return
-        address, secret = found.line
+        address, self._secret = found.line
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         self._breaks = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(address)
-        self.say(Join(self._config.node_rank, secret, PROTOCOL_VERSION, self._options, self._checkpoint))
+        self.say(Join(self._config.node_rank, PROTOCOL_VERSION, self._options, self._checkpoint))
         self._heard = time.monotonic()
 
     def _hold(self, line: zmq.Socket[bytes]) -> None:
@@ -479,15 +398,15 @@ class _Search(threading.Thread):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(name="search", daemon=True)
         self._config = config
-        self.line: tuple[str, str] | None = None
+        self.line: tuple[str, bytes] | None = None  # its address and secret
         self.problem = ""
         self.start()
 
     def run(self) -> None:
         try:
-            way = reach(_leader(self._config), self._config.leader_port, timeout_s=5.0)
             line = json.loads(connect_store(self._config).get(LINE_KEY))
-            self.line = tcp(way.theirs, line["port"]), line["secret"]
+            way = reach(leader_of(self._config), self._config.leader_port, REACH_TIMEOUT_S)
+            self.line = tcp(way.theirs, line["port"]), bytes.fromhex(line["secret"])
         except OSError as error:
             self.problem = error.strerror or str(error)
         except RuntimeError as error:  # the store's: it went away again, or never said where the line is

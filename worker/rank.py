@@ -21,7 +21,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.errors import ModelError
 from model.parallel import TensorParallel
-from worker import nodes
+from worker import rendezvous
 from worker.channel import GatewayChannel, PlanReceiver, PlanSender
 from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
@@ -53,9 +53,7 @@ class RankSpec:
     config: EngineConfig
     gateways: EngineEndpoint | None  # the leader listens there
     plans: EngineEndpoint  # followers on this node listen there to the leader
-    rendezvous: (
-        str | None
-    )  # URL of a file that all ranks can open; None with several nodes: they meet at node 0's store
+    rendezvous: str | None  # URL of a file that all ranks can open; None: several nodes, which meet at node 0's store
 
 
 def run_rank(spec: RankSpec, control: ChildEnd) -> int:
@@ -134,6 +132,7 @@ def _make_leader(
         max_model_len=max_model_len,
         max_running=runtime.max_running,
         max_batched_tokens=runtime.max_batched_tokens,
+        max_mixed_tokens=runtime.max_mixed_tokens,
         block_size=runtime.block_size,
         num_blocks=runner.num_blocks,
         watermark_blocks=int(config.admission_watermark * runner.num_blocks),
@@ -190,8 +189,8 @@ def _join(spec: RankSpec, runtime: RuntimeConfig) -> tuple[TensorParallel, PlanS
         plans = _plans(spec, None)
         _form_group(spec, runtime, init_method=spec.rendezvous)
     else:
-        nodes.choose_interface(config)
-        store = nodes.connect_store(config)
+        rendezvous.choose_interface(config)
+        store = rendezvous.connect_store(config)
         plans = _plans(spec, store)
         _form_group(spec, runtime, store=dist.PrefixStore("group", store))  # type: ignore[attr-defined]
     return TensorParallel(rank=spec.rank, size=config.tensor_parallel_size, group=dist.group.WORLD), plans
@@ -213,11 +212,11 @@ def _plans(spec: RankSpec, store: Any) -> PlanSender | PlanReceiver:
     if spec.rank == 0:
         sender = PlanSender(spec.plans, config.tensor_parallel_size - 1)
         if store is not None:
-            nodes.publish_plans(config, store, sender)
+            rendezvous.publish_plans(config, store, sender)
         return sender
     if store is None or config.node_rank == 0:
         return PlanReceiver(spec.plans)
-    return PlanReceiver(nodes.find_plans(config, store))
+    return PlanReceiver(rendezvous.find_plans(config, store))
 
 
 class _Beat:

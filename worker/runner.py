@@ -25,6 +25,7 @@ from model.weights import load_model
 from worker.config import ConfigError, EngineConfig
 from worker.plan import StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
+from worker.shapes import StepShape, step_shapes
 from worker.tables import SlotTables, upload
 
 logger = logging.getLogger(__name__)
@@ -36,92 +37,11 @@ _RESERVE_BYTES = 512 << 20
 """GPU memory left to what is not counted: CUDA graphs, communication buffers, cuBLAS workspaces."""
 
 
-_DECODE_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64))
-_MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_FEW_ROWS = 8
-_LAUNCH_BOUND_FLOPS = 1e13
-"""A step of more takes the device longer (some 15 ms) than the host takes to launch it: padding it would be a waste."""
-
-
-def graph_shapes(runtime: RuntimeConfig, model: Qwen3ForCausalLM) -> list[_GraphShape]:
-    """The steps that get a graph of their own, cheapest first; a step is padded to the first that it fits."""
-    if model.graphs == "none":
-        return []
-    limit = runtime.max_running
-    shapes = [
-        _GraphShape.decode(rows, runtime.max_model_len)
-        for rows in [*(rows for rows in _DECODE_ROWS if rows < limit), limit]
-    ]
-    if model.graphs == "all":
-        most = min(runtime.max_batched_tokens, _LAUNCH_BOUND_FLOPS / model.flops_per_token)
-        shapes += [
-            _GraphShape.mixed(tokens, rows, runtime.max_model_len)
-            for tokens in _MIXED_TOKENS
-            if tokens <= most
-            for rows in sorted({min(_FEW_ROWS, limit), limit})
-        ]
-    return shapes
-
-
-@dataclass(frozen=True, slots=True)
-class _GraphShape:
-    """What a captured step has room for."""
-
-    num_rows: int
-    bounds: StepBounds
-    max_updates: int
-
-    @classmethod
-    def decode(cls, rows: int, max_model_len: int) -> _GraphShape:
-        """A step of decode rows alone; padding rows are dead decodes."""
-        bounds = StepBounds(
-            num_tokens=rows, num_decode_rows=rows, max_chunk_rows=0, max_query_len=1, max_kv_len=max_model_len
-        )
-        return cls(rows, bounds, max_updates=rows)
-
-    @classmethod
-    def mixed(cls, tokens: int, rows: int, max_model_len: int) -> _GraphShape:
-        """A step of any rows; padding rows have no tokens, padding tokens no row."""
-        bounds = StepBounds(
-            num_tokens=tokens,
-            num_decode_rows=0,
-            max_chunk_rows=min(rows, tokens // 2),
-            max_query_len=tokens,
-            max_kv_len=max_model_len,
-        )
-        return cls(rows, bounds, max_updates=rows + 128)
-
-    @property
-    def is_decode(self) -> bool:
-        return self.bounds.max_chunk_rows == 0
-
-    @property
-    def num_words(self) -> int:
-        """int32 words of its input: slots, query_lens, block updates."""
-        return 2 * self.num_rows + 3 * self.max_updates
-
-    def fits(self, plan: StepPlan) -> bool:
-        if self.is_decode and not plan.is_decode:
-            return False
-        return plan.num_rows <= self.num_rows and plan.num_tokens <= self.bounds.num_tokens
-
-    def fill(self, words: np.ndarray, plan: StepPlan, updates: np.ndarray, scratch_slot: int) -> None:
-        """Write the input for `plan` with `updates` [n, 3] into `words` [num_words] int32, padded."""
-        slots, query_lens = words[: 2 * self.num_rows].reshape(2, self.num_rows)
-        slots[: plan.num_rows] = plan.slots
-        slots[plan.num_rows :] = scratch_slot
-        query_lens[: plan.num_rows] = plan.query_lens
-        query_lens[plan.num_rows :] = int(self.is_decode)
-        entered = words[2 * self.num_rows :].reshape(self.max_updates, 3)
-        entered[: len(updates)] = updates
-        entered[len(updates) :] = (scratch_slot, 0, 0)
-
-
 @dataclass(frozen=True, slots=True)
 class _StepGraph:
     """One captured step, which reads its plan at the head of the runner's input buffer."""
 
-    shape: _GraphShape
+    shape: StepShape
     graph: torch.cuda.CUDAGraph
     tokens: torch.Tensor  # [rows] int32, overwritten by the next replay of any graph
 
@@ -161,7 +81,7 @@ class Runner:
         self._tables = tables
         self._kv_cache = kv_cache
         self._runtime = runtime
-        self._shapes = graph_shapes(runtime, model) if runtime.cuda_graphs else []
+        self._shapes = step_shapes(runtime, model.graphs) if runtime.cuda_graphs else []
         self._graphs: list[_StepGraph] = []  # in the order of the shapes: the first that fits a plan is the cheapest
         self._input = torch.zeros(
             max((shape.num_words for shape in self._shapes), default=0), dtype=torch.int32, device=runtime.device
@@ -260,7 +180,7 @@ class Runner:
         self._graphs.sort(key=lambda graph: self._shapes.index(graph.shape))
         torch.cuda.synchronize()
 
-    def _capture_one(self, shape: _GraphShape, pool: Any) -> _StepGraph:
+    def _capture_one(self, shape: StepShape, pool: Any) -> _StepGraph:
         slots, query_lens = self._input[: 2 * shape.num_rows].view(2, shape.num_rows).unbind(0)
         updates = self._input[2 * shape.num_rows : shape.num_words].view(shape.max_updates, 3)
 

@@ -14,6 +14,8 @@ from model.attention import resolve_backend
 from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
+_MIXED_STEP_FLOPS = 3e13  # 500 TFLOP/s for 60 ms
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -25,6 +27,8 @@ class RuntimeConfig:
     max_model_len: int
     max_running: int
     max_batched_tokens: int
+    max_mixed_tokens: int
+    flops_per_token: float  # of this rank's layers, attention and head left out
     block_size: int
     cuda_graphs: bool
     run_ahead: int
@@ -50,6 +54,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
             f"max_batched_tokens={max_batched_tokens} is below max_running={max_running}: "
             "a step must have room for one token of every running request"
         )
+    flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size
     return RuntimeConfig(
         device=device,
         dtype=_dtype(config, checkpoint, on_gpu),
@@ -57,11 +62,27 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
         max_model_len=_max_model_len(config, checkpoint),
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
+        max_mixed_tokens=_max_mixed_tokens(config, max_batched_tokens, max_running, flops_per_token, on_gpu),
+        flops_per_token=flops_per_token,
         block_size=config.block_size,
         cuda_graphs=config.cuda_graphs and on_gpu,
         run_ahead=config.run_ahead or (2 if on_gpu else 1),
         hang_timeout_s=config.hang_timeout_s or (60.0 if on_gpu else 600.0),
     )
+
+
+def _max_mixed_tokens(
+    config: EngineConfig, max_batched_tokens: int, max_running: int, flops_per_token: float, on_gpu: bool
+) -> int:
+    if config.max_mixed_tokens is None:
+        wanted = int(_MIXED_STEP_FLOPS / flops_per_token) // 256 * 256 if on_gpu else max_batched_tokens
+        return min(max(wanted, max_running), max_batched_tokens)
+    if not max_running <= config.max_mixed_tokens <= max_batched_tokens:
+        raise ConfigError(
+            f"max_mixed_tokens={config.max_mixed_tokens} must be at least max_running={max_running}, so that every "
+            f"running request can decode, and at most max_batched_tokens={max_batched_tokens}"
+        )
+    return config.max_mixed_tokens
 
 
 def _device(config: EngineConfig, rank: int) -> torch.device:

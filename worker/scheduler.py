@@ -54,7 +54,8 @@ class SchedulerLimits:
     vocab_size: int
     max_model_len: int
     max_running: int
-    max_batched_tokens: int  # at least max_running, so that every running sequence can decode in one step
+    max_batched_tokens: int
+    max_mixed_tokens: int  # the same where sequences decode; at least max_running, so that every one of them can
     block_size: int
     num_blocks: int  # at least enough for one sequence of max_model_len
     watermark_blocks: int
@@ -255,7 +256,8 @@ class Scheduler:
         updates: list[tuple[int, int, int]] = []
         singles, longer = self._due()
         decodes = self._grow(singles, updates)
-        budget = self.limits.max_batched_tokens - len(decodes)
+        limit = self.limits.max_mixed_tokens if len(decodes) else self.limits.max_batched_tokens
+        budget = limit - len(decodes)
         chunk_slots: list[int] = []
         chunk_lens: list[int] = []
         for slot in longer:

@@ -105,9 +105,10 @@ class _Supervisor:
         self._epoch = 0
         self._restarts: deque[float] = deque()
         self._kill_gateway_at = float("inf")  # set while it drains
+        self._signalled = False
         self._rendezvous = ExitStack()
         self._line: LeaderLine | None = None  # to the other nodes
-        self._failure = "node 0 ended early"  # what the other nodes are told, unless it ends as asked
+        self._failure = "node 0 ended early"  # what the other nodes are told; empty once it ends as asked
 
     def run(self, wakeup: socket.socket, received: deque[int]) -> int:
         try:
@@ -120,7 +121,7 @@ class _Supervisor:
                 self._tell_vitals(gateway)
                 wait(wakeup, [gateway, *self._ranks.children])
                 while received:
-                    self._on_signal(received.popleft())
+                    self._on_signal(gateway, received.popleft())
                 self._hear_all(gateway)
                 self._look_after_gateway(gateway)
                 if self._line is not None:
@@ -167,8 +168,9 @@ class _Supervisor:
                 gateway.process.kill()
             return
         self._children.hear(gateway)
-        if self._draining:
-            raise StopError(0 if gateway.process.exitcode == 0 else 1)
+        if self._draining and gateway.process.exitcode == 0:
+            self._failure = ""
+            raise StopError(0)
         if gateway.fatal is not None:
             raise ConfigError(gateway.fatal)
         logger.error("%s", gateway.how_it_ended)
@@ -183,7 +185,7 @@ class _Supervisor:
             self._start_ranks()
         elif line.leaving and not self._draining:
             logger.warning("another node is asked to end: draining")
-            self._on_signal(signal.SIGTERM)
+            self._drain(gateway, signal.SIGTERM)
 
     def _look_after_ranks(self, gateway: Child) -> None:
         reason = self._ranks.find_loss()
@@ -228,20 +230,25 @@ class _Supervisor:
     def _draining(self) -> bool:
         return self._kill_gateway_at < float("inf")
 
-    def _on_signal(self, number: int) -> None:
-        gateway = self._gateway
-        if gateway is None or not gateway.up or not gateway.process.is_alive():
-            raise StopError(128 + number)  # nobody is served yet
-        if self._draining:
+    def _on_signal(self, gateway: Child, number: int) -> None:
+        """The first means drain, the second end now. That another node was asked before hurries nobody."""
+        if self._signalled and self._draining:
             gateway.control.send(Stop())
             self._kill_gateway_at = time.monotonic() + END_GRACE_S
-        else:
-            gateway.control.send(Drain())
-            self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
+        elif not self._draining:
+            self._drain(gateway, number)
+        self._signalled = True
+
+    def _drain(self, gateway: Child, number: int) -> None:
+        """Let what runs finish, and end; where nobody is served yet, end now, by this signal."""
+        if not gateway.up or not gateway.process.is_alive():
+            raise StopError(128 + number)
+        gateway.control.send(Drain())
+        self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
 
     def _end_all(self) -> None:
         if self._line is not None:
-            self._line.end("" if self._draining else self._failure)
+            self._line.end(self._failure)
         self._ranks.kill()
         if self._gateway is not None:
             if self._gateway.up:

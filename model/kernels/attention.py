@@ -22,7 +22,7 @@ import torch
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
-_DECODE_PROGRAMS = 1056  # into how many programs long rows are split: eight for each of an H200's 132 multiprocessors
+_DECODE_PROGRAMS = 528  # into how many programs long rows are split: four for each of a Hopper's 132 multiprocessors
 _MIN_SPLIT = 128  # keys of a split at least: a shorter one costs more to merge than it saves
 
 
@@ -242,7 +242,7 @@ def paged_attention_triton(
 
 def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
     """Return warps and pipeline stages, of which the block table's load takes one."""
-    return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
+    return {"num_warps": 4, "num_stages": 5 if dtype.itemsize == 2 else 2}
 
 
 def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:

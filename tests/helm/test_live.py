@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lightqwen.client import Client
@@ -26,7 +27,7 @@ from tests.helm.chart import CHART, NAMESPACE, RELEASE, SCENARIOS, Object, Rende
 from tests.helm.fake_api import fake_api
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
-STREAMS, TOKENS = 6, 600
+STREAMS = 6
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -52,12 +53,16 @@ def small(ports: list[int]) -> dict[str, Any]:
 
 
 @contextmanager
-def container(spec: Object, places: dict[str, Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a container's command with its own environment, its mounts being folders of this machine."""
+def container(
+    spec: Object, places: dict[str, Path], log: Path, more: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a container's command with its own environment, its mounts being folders of this machine.
+
+    `more`: what a controller adds to the environment.
+    """
+    told = environment(spec, places) | (more or {})
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            here(spec["command"], places), env=environment(spec, places), stdout=output, stderr=output
-        )
+        process = subprocess.Popen(here(spec["command"], places), env=told, stdout=output, stderr=output)
         try:
             yield process
         finally:
@@ -72,7 +77,8 @@ def here(command: list[str], places: dict[str, Path]) -> list[str]:
 
 def environment(spec: Object, places: dict[str, Path]) -> dict[str, str]:
     told = {variable["name"]: moved(variable["value"], places) for variable in spec["env"] if "value" in variable}
-    return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **told}
+    ours = {key: os.environ[key] for key in ("PATH", "PYTHONPATH") if key in os.environ}  # the code that is under test
+    return {**ours, "OMP_NUM_THREADS": "1", **told}
 
 
 def moved(text: str, places: dict[str, Path]) -> str:
@@ -104,18 +110,53 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[],
 def test_a_pod_serves_is_tested_and_drains(tmp_path: Path) -> None:
     ports = free_ports(3)
     rendered = render(SCENARIOS["cpu-demo"], values=small(ports))
-    places = {"/etc/lightqwen/config": tmp_path / "config", "/cache": tmp_path / "cache", "/tmp": tmp_path / "tmp"}
-    for folder in places.values():
-        folder.mkdir()
-    (tmp_path / "config" / "server.toml").write_text(rendered.config_text)
-    log = tmp_path / "log"
+    places, log = volumes(rendered, tmp_path), tmp_path / "log"
     with container(rendered.server, places, log) as server:
         wait_until(lambda: probe(rendered.server, "startup"), 40, log.read_text)
         assert probe(rendered.server, "readiness")
         assert probe(rendered.server, "liveness")
         helm_test_succeeds(ports, places, tmp_path)
-        a_drain_loses_no_stream(rendered, server, ports[0])
+        a_drain_loses_no_stream(rendered, server, ports[0], tokens=600)
     assert not list((tmp_path / "tmp").iterdir()), "a server that ended leaves nothing in /tmp"
+
+
+def volumes(rendered: Rendered, folder: Path) -> dict[str, Path]:
+    """A pod's mounts as folders below this one, the configuration in it."""
+    places = {"/etc/lightqwen/config": folder / "config", "/cache": folder / "cache", "/tmp": folder / "tmp"}
+    for place in places.values():
+        place.mkdir(parents=True)
+    (folder / "config" / "server.toml").write_text(rendered.config_text)
+    return places
+
+
+@pytest.mark.timeout(120)
+def test_a_group_of_pods_serves_and_drains_when_one_must_go(tmp_path: Path) -> None:
+    """Two pods of a LeaderWorkerSet, with the environment that its controller gives: the worker's node is drained."""
+    meeting, *ports = free_ports(7)
+    spread = {"engine.nodes": 2, "engine.tensorParallelSize": 2, "ports.leader": meeting}
+    # On one machine two pods need ports of their own; all the rest is the same.
+    leader = render(SCENARIOS["cpu-demo"], values=small(ports[:3]) | spread)
+    worker = render(SCENARIOS["cpu-demo"], values=small(ports[3:]) | spread)
+    group = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "localhost"}
+    logs = [tmp_path / "leader.log", tmp_path / "worker.log"]
+
+    def said() -> str:
+        return "\n".join(log.read_text() for log in logs)
+
+    with (
+        container(
+            worker.server, volumes(worker, tmp_path / "worker"), logs[1], group | {"LWS_WORKER_INDEX": "1"}
+        ) as other,
+        container(
+            leader.server, volumes(leader, tmp_path / "leader"), logs[0], group | {"LWS_WORKER_INDEX": "0"}
+        ) as first,
+    ):
+        for pod in (leader, worker):
+            wait_until(lambda pod=pod: probe(pod.server, "startup"), 45, said)  # type: ignore[misc]
+            assert probe(pod.server, "readiness")
+            assert probe(pod.server, "liveness")
+        a_drain_loses_no_stream(leader, first, ports[0], tokens=150, asked=other)
+        assert other.wait(20) == 0, said()
 
 
 def helm_test_succeeds(ports: list[int], places: dict[str, Path], home: Path) -> None:
@@ -143,12 +184,21 @@ def helm_test_succeeds(ports: list[int], places: dict[str, Path], home: Path) ->
     assert "8 output tokens" in answers[0]
 
 
-def a_drain_loses_no_stream(rendered: Rendered, server: subprocess.Popen[bytes], port: int) -> None:
-    """SIGTERM while streams run: readiness goes, new calls are still taken for a while, every stream ends well."""
+def a_drain_loses_no_stream(
+    rendered: Rendered,
+    server: subprocess.Popen[bytes],
+    port: int,
+    tokens: int,
+    asked: subprocess.Popen[bytes] | None = None,
+) -> None:
+    """SIGTERM while streams run: readiness goes, new calls are still taken for a while, every stream ends well.
+
+    `asked`: who gets the signal first, if not the server itself.
+    """
     running = threading.Barrier(STREAMS + 1, timeout=30)
 
     def stream(client: Client) -> int:
-        generation = client.generate("Once upon a time", max_tokens=TOKENS, min_tokens=TOKENS, temperature=1.0)
+        generation = client.generate("Once upon a time", max_tokens=tokens, min_tokens=tokens, temperature=1.0)
         for index, _ in enumerate(generation.pieces()):
             if index == 0:
                 running.wait()
@@ -159,13 +209,15 @@ def a_drain_loses_no_stream(rendered: Rendered, server: subprocess.Popen[bytes],
         streams = [threads.submit(stream, client) for _ in range(STREAMS)]
         running.wait()
         began = time.monotonic()
-        server.send_signal(signal.SIGTERM)
+        (asked or server).send_signal(signal.SIGTERM)
         assert not any(each.done() for each in streams), "streams run when the signal comes"
         wait_until(lambda: not probe(rendered.server, "readiness"), 5, lambda: "readiness stays after SIGTERM")
         assert probe(rendered.server, "liveness"), "a draining pod must not be restarted"
+        if asked is not None:
+            server.send_signal(signal.SIGTERM)  # the controller lets the whole group go
         late = client.generate("A late call", max_tokens=4, min_tokens=4)
         assert late.text() is not None
-        assert [each.result(50) for each in streams] == [TOKENS] * STREAMS
+        assert [each.result(50) for each in streams] == [tokens] * STREAMS
     assert server.wait(50) == 0
     grace = rendered.template["spec"]["terminationGracePeriodSeconds"]
     pre_stop = rendered.server["lifecycle"]["preStop"]["sleep"]["seconds"]

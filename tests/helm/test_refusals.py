@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a topology without a group": ({"leaderWorkerSet.exclusiveTopologyKey": "rack"}, "there is no group"),
     "the port by hand": ({"config.port": 1}, "config.port is the chart's to decide"),
     "the drain by hand": ({"config.drain_timeout_s": 1}, "config.drain_timeout_s is the chart's to decide"),
+    "the leader's port by hand": ({"config.leader_port": 1}, "config.leader_port is the chart's to decide"),
     "the rank by hand": ({"config.node_rank": 1}, "config.node_rank is the chart's to decide"),
     "certificates by hand": ({"config.tls_cert": "/x"}, "config.tls_cert is the chart's to decide"),
     "both scalers": (KEDA | {"autoscaling.hpa.enabled": True}, "both enabled: two scalers"),
@@ -77,6 +78,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "plaintext HTTP/2",
     ),
     "one port twice": ({"ports.health": 50051}, "must differ"),
+    "the port where nodes meet, twice": ({"ports.leader": 9464}, "must differ"),
+    "an alert that is none": (
+        {"prometheusRule.disabledAlerts": ["LightqwenServerDown", "LightqwenSeverDown"]},
+        "prometheusRule.disabledAlerts has LightqwenSeverDown, which is no alert: there are LightqwenServiceDown, ",
+    ),
     "an option in the environment": ({"extraEnv": [{"name": "LIGHTQWEN_PORT", "value": "1"}]}, "belong to config"),
     "a secret in the open": ({"extraEnv": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "use valueFrom.secretKeyRef"),
 }

@@ -161,6 +161,12 @@ def test_a_test_that_fails_fails(api: FakeApi, run: Run) -> None:
     assert "pod qwen-lightqwen-test-generate failed" in done.stderr
 
 
+def test_a_gateway_before_a_server_with_tls_is_told_what_it_needs(run: Run) -> None:
+    route = {"grpcRoute.enabled": True, "grpcRoute.parentRefs": [{"name": "inference"}]}
+    assert "needs a BackendTLSPolicy for the Service qwen-lightqwen" in install(run, "tls", values=route).stdout
+    assert "BackendTLSPolicy" not in upgrade(run, "one-gpu", values=route).stdout
+
+
 def test_a_refused_upgrade_changes_nothing(api: FakeApi, run: Run) -> None:
     install(run, "one-gpu")
     writes = [request for request in api.requests if request[0] != "GET"]

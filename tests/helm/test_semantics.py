@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tests.helm.chart import (
     render,
     scenario,
 )
+from tests.observability.conftest import find_tool
 
 every = pytest.mark.parametrize("name", SCENARIOS)
 
@@ -102,6 +105,7 @@ def test_a_group_has_as_many_pods_as_nodes() -> None:
     config = tomllib.loads(rendered.config_text)
     assert spec["size"] == config["nodes"] == 2
     assert config["tensor_parallel_size"] == 16
+    assert config["leader_port"] == 29500
     assert spec["leaderTemplate"] == spec["workerTemplate"]
     assert spec["restartPolicy"] == "RecreateGroupOnPodRestart"
 
@@ -170,9 +174,7 @@ def test_ports_of_services_and_policies_exist(name: str) -> None:
     for service in rendered.of("Service"):
         for port in service["spec"]["ports"]:
             assert port["targetPort"] in names
-    for rule in rendered.one("NetworkPolicy")["spec"]["ingress"]:
-        for port in rule.get("ports", []):
-            assert port["port"] in names
+    assert set(by_port(rendered.one("NetworkPolicy")["spec"]["ingress"])) <= names
     for monitor in rendered.of("PodMonitor"):
         assert all(endpoint["port"] in names for endpoint in monitor["spec"]["podMetricsEndpoints"])
     for pool in rendered.of("InferencePool"):
@@ -236,9 +238,34 @@ def test_a_lost_metric_is_never_zero_load() -> None:
         assert trigger["metadata"]["ignoreNullValues"] == "false"
         assert trigger["metricType"] == "AverageValue"
         query = trigger["metadata"]["query"]
-        assert query.startswith("sum("), "a query must return one element"
-        assert f'namespace="{NAMESPACE}",release="{release}"' in query
+        assert query.count(f'namespace="{NAMESPACE}",release="{release}"') == query.count("{") == 2
         assert re.search(r"lightqwen_\w+", query)[0] in metric_names()  # type: ignore[index]
+
+
+def test_what_keda_asks_is_the_load_of_all_replicas(tmp_path: Path) -> None:
+    """In Prometheus' own words: with both replicas scraped, with one of them lost, and with none."""
+    promtool = find_tool("promtool")
+    ours = "namespace='inference', release='qwen'"
+    for trigger in scenario("autoscaled").one("ScaledObject")["spec"]["triggers"]:
+        query = trigger["metadata"]["query"]
+        (metric,) = set(re.findall(r"lightqwen_\w+", query))
+        series = {
+            f"up{{job='lightqwen', {ours}, pod='a'}}": "1x9 0x9",
+            f"up{{job='lightqwen', {ours}, pod='b'}}": "1x4 0x14",
+            f"{metric}{{{ours}, pod='a'}}": "6x9 stale",
+            f"{metric}{{{ours}, pod='b'}}": "2x4 stale",
+            f"{metric}{{namespace='inference', release='other', pod='c'}}": "9x20",
+        }
+        expected = {"4m": [{"labels": "{}", "value": 8}], "9m": [{"labels": "{}", "value": 12}], "14m": []}
+        case = {
+            "interval": "1m",
+            "input_series": [{"series": name, "values": told} for name, told in series.items()],
+            "promql_expr_test": [{"expr": query, "eval_time": at, "exp_samples": e} for at, e in expected.items()],
+        }
+        path = tmp_path / "case.yaml"
+        path.write_text(yaml.safe_dump({"rule_files": [], "tests": [case]}))
+        done = subprocess.run([promtool, "test", "rules", path], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_hpa_asks_for_metrics_that_exist() -> None:
@@ -399,22 +426,58 @@ def test_headless_service_resolves_to_ready_pods_only() -> None:
     assert not spec.get("publishNotReadyAddresses", False)
 
 
+def by_port(rules: list[Object]) -> dict[Any, Object]:
+    """A policy's rules by the ports that they name."""
+    return {port["port"]: rule for rule in rules for port in rule["ports"] if "port" in port}
+
+
 @every
 def test_network_policy_lets_in_what_is_needed(name: str) -> None:
     rendered = scenario(name)
     spec = rendered.one("NetworkPolicy")["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
-    rules = {port["port"]: rule for rule in spec["ingress"] for port in rule.get("ports", [])}
+    rules = by_port(spec["ingress"])
     assert set(rules) == {"grpc", "metrics", "health"}
     assert "from" not in rules["health"], "the kubelet is no pod"
     assert all(rules[port]["from"] for port in ("grpc", "metrics")), "an empty list would let everybody in"
     of_test = rendered.one("Pod")["metadata"]["labels"]
     peers = [peer["podSelector"]["matchLabels"] for peer in rules["grpc"]["from"] if peer.get("podSelector")]
     assert any(selects(peer, of_test) for peer in peers), "helm test is let in"
-    outward = {port["port"] for rule in spec["egress"] for port in rule.get("ports", [])}
+    outward = set(by_port(spec["egress"]))
     assert outward == ({53, 443} if rendered.template["spec"].get("initContainers") else {53})
-    among = [rule for rule in [*spec["ingress"], *spec["egress"]] if "ports" not in rule]
-    assert len(among) == (2 if name == "multi-node" else 0), "the ranks of a group meet on any port"
+
+
+@every
+def test_network_policy_lets_the_nodes_of_a_group_meet_and_nobody_else(name: str) -> None:
+    rendered = scenario(name)
+    spec = rendered.one("NetworkPolicy")["spec"]
+    any_port = [
+        (rule["ports"], rule.get("from", rule.get("to")))
+        for rule in [*spec["ingress"], *spec["egress"]]
+        if any("port" not in port for port in rule.get("ports", [{}]))
+    ]
+    if name != "multi-node":
+        assert any_port == []
+        return
+    assert len(any_port) == 2, "one in, one out"
+    for ports, peers in any_port:
+        assert ports == [{"protocol": "TCP"}]
+        ((kind, selector),) = [item for peer in peers for item in peer.items()]
+        assert kind == "podSelector", "of this namespace"
+        assert all(selects(selector["matchLabels"], labels) for labels in labels_of_pods(rendered))
+        assert not selects(selector["matchLabels"], rendered.one("Pod")["metadata"]["labels"])
+        other = labels_of_pods(render(SCENARIOS[name], release="another", version=oldest_for(name)))
+        assert not any(selects(selector["matchLabels"], labels) for labels in other)
+
+
+def test_nobody_is_not_everybody() -> None:
+    """To Kubernetes, a rule with an empty list of peers is open to all."""
+    nobody = {"networkPolicy.clients": [], "networkPolicy.monitoring": []}
+    for values, ports in ((nobody, {"grpc", "health"}), (nobody | {"helmTest.enabled": False}, {"health"})):
+        spec = render(SCENARIOS["one-gpu"], values=values).one("NetworkPolicy")["spec"]
+        rules = by_port(spec["ingress"])
+        assert set(rules) == ports
+        assert all(rule["from"] for port, rule in rules.items() if port != "health")
 
 
 @every

@@ -19,6 +19,8 @@ DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
 OTHER_EXPORTERS = {
     "kube_pod_container_status_restarts_total": "kube-state-metrics",
     "kube_pod_container_status_last_terminated_reason": "kube-state-metrics",
+    "kube_pod_status_unschedulable": "kube-state-metrics",
+    "kube_pod_container_resource_requests": "kube-state-metrics",
     "DCGM_FI_DEV_GPU_UTIL": "dcgm-exporter",
     "DCGM_FI_DEV_FB_USED": "dcgm-exporter",
     "DCGM_FI_DEV_POWER_USAGE": "dcgm-exporter",

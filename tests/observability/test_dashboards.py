@@ -21,7 +21,7 @@ from tests.observability.expressions import (
 )
 
 NAMES = ["engine", "grpc", "overview", "ranks"]
-UNITS = {"none", "s", "percent", "percentunit", "reqps", "ops", "bytes", "watt", "celsius", "hertz"}
+UNITS = {"none", "suffix: tok/s", "s", "percent", "percentunit", "reqps", "ops", "bytes", "watt", "celsius", "hertz"}
 CONFIG_MAP_LIMIT = 250_000  # an annotation of kubectl's has room for 262144 bytes
 
 

@@ -191,7 +191,8 @@ class FakeDevice:
         assert plan.step == self.num_steps, "steps are numbered in order"
         self.num_steps += 1
         assert 0 < plan.num_rows <= limits.max_running
-        assert plan.num_tokens <= limits.max_batched_tokens, "the token budget"
+        budget = limits.max_mixed_tokens if plan.num_decode_rows else limits.max_batched_tokens
+        assert plan.num_tokens <= budget, "the token budget"
         assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot is planned twice"
         assert set(plan.slots.tolist()) <= set(range(limits.max_running))
         assert set(plan.query_lens[: plan.num_decode_rows].tolist()) <= {1}

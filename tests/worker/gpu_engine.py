@@ -45,6 +45,7 @@ def make_scheduler(runner: Runner, shape: Qwen3Config) -> Scheduler:
         max_model_len=MAX_LEN,
         max_running=16,
         max_batched_tokens=512,
+        max_mixed_tokens=512,
         block_size=BLOCK,
         num_blocks=runner.num_blocks,
         watermark_blocks=2,

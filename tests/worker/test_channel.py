@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from worker.channel import GatewayChannel, PlanReceiver, PlanSender, private_endpoint
+from worker.channel import MAX_GREETING_BYTES, GatewayChannel, PlanReceiver, PlanSender, private_endpoint
 from worker.client import EngineEndpoint
 from worker.messages import Abort, CacheFlushed, Goodbye, Hello, ToLeader
 
@@ -84,8 +84,9 @@ def test_one_that_has_just_connected_is_asked_for_its_greeting(
         lambda secret: encode(Hello(secret=secret, version=99)),
         lambda secret: encode(Abort([1])),
         lambda secret: encode({"type": "hello"}),
+        lambda secret: encode({"type": "hello", "x": 1})[:-1] + b"\x91" * 100_000,
     ],
-    ids=["garbage", "nothing", "wrong secret", "another version", "no greeting", "no secret"],
+    ids=["garbage", "nothing", "wrong secret", "another version", "no greeting", "no secret", "lists within lists"],
 )
 def test_a_stranger_is_not_heard_and_breaks_nothing(
     channel: GatewayChannel, endpoint: EngineEndpoint, greeting: Callable[[bytes], bytes]
@@ -121,6 +122,20 @@ def test_plans_reach_every_follower_in_order(endpoint: EngineEndpoint) -> None:
     for follower in followers:
         assert [follower.receive(5.0) for _ in range(100)] == [b"%d" % number for number in range(100)]
         assert follower.receive(0.0) is None
+        follower.close()
+    sender.close()
+
+
+def test_on_the_network_only_a_greeting_is_taken(endpoint: EngineEndpoint) -> None:
+    sender = PlanSender(endpoint, 1)
+    place = EngineEndpoint(f"tcp://127.0.0.1:{sender.open_to('127.0.0.1')}", endpoint.secret)
+    with connect(place) as stranger:
+        stranger.send(encode(Hello(secret=endpoint.secret)) + b"\0" * MAX_GREETING_BYTES)
+        follower = PlanReceiver(place)
+        sender.gather()
+        sender.send(b"plan")
+        assert follower.receive(5.0) == b"plan"
+        assert stranger.poll(0) == 0
         follower.close()
     sender.close()
 

@@ -132,6 +132,7 @@ def build(tiny_checkpoint: Path) -> Build:
             max_model_len=min(runtime.max_model_len, num_blocks * block_size),
             max_running=max_running,
             max_batched_tokens=max_batched_tokens,
+            max_mixed_tokens=runtime.max_mixed_tokens,
             block_size=block_size,
             num_blocks=num_blocks,
             watermark_blocks=0,

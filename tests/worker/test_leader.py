@@ -39,6 +39,7 @@ LIMITS = SchedulerLimits(
     max_model_len=40,
     max_running=4,
     max_batched_tokens=16,
+    max_mixed_tokens=16,
     block_size=4,
     num_blocks=30,
     watermark_blocks=1,

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ import zmq
 
 from worker import nodes
 from worker.config import ConfigError, EngineConfig
-from worker.network import interface_of, listen, own_address, reach
-from worker.nodes import Alive, Join, LeaderLine, Leaving, Lost, MemberLine
+from worker.nodes import Alive, Join, LeaderLine, Leaving, Lost, MemberLine, Refused, checkpoint_digest, shared_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several nodes are for Linux")
 
@@ -173,30 +172,144 @@ def test_another_checkpoint_is_refused(lines: Lines, tmp_path: Path) -> None:
         lines.turn_until(lambda: False)
 
 
+def place_of(line: LeaderLine) -> Any:
+    """What the store tells those who look for node 0."""
+    line.turn()
+    assert line.store is not None
+    return json.loads(line.store.get("line"))
+
+
+@contextmanager
+def stranger(line: LeaderLine) -> Iterator[zmq.Socket[bytes]]:
+    """Connected to node 0's end."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 5000)
+        socket.connect(f"tcp://127.0.0.1:{place_of(line)['port']}")
+        yield socket
+
+
+JOIN: dict[str, Any] = {"node": 1, "version": 1, "options": {}, "checkpoint": ""}
+
+
 def test_strangers_are_not_heard_and_break_nothing(lines: Lines) -> None:
-    place = json.loads(lines.leader.store.get("line"))
-    good: dict[str, Any] = {"version": 1, "options": {}, "checkpoint": ""}
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.setsockopt(zmq.LINGER, 0)
-        stranger.connect(f"tcp://127.0.0.1:{place['port']}")
-        for said in (
-            b"garbage",
-            b"",
-            msgspec.json.encode(Alive()),
-            msgspec.json.encode(Lost("no", fatal=True)),
-            msgspec.json.encode(Join(node=1, secret="guess", **good)),
-            msgspec.json.encode(Join(node=0, secret=place["secret"], **good)),
-            msgspec.json.encode(Join(node=3, secret=place["secret"], **good)),
+    secret = bytes.fromhex(place_of(lines.leader)["secret"])
+    join = msgspec.json.encode(Join(**JOIN))
+    deep = b'{"type":"join","x":' + b"[" * 60_000
+    with stranger(lines.leader) as socket:
+        for parts in (
+            [b"garbage"],
+            [b""],
+            [secret],
+            [join],
+            [b"guess", join],
+            ["gu\u00e9ss".encode(), join],
+            [b"", secret, join],
+            [secret[:-1], join],
+            [b"guess", deep],
+            [b"guess", msgspec.json.encode(Lost("no", fatal=True))],
+            [secret, msgspec.json.encode(Alive())],
+            [secret, msgspec.json.encode(Lost("no", fatal=True))],
         ):
-            stranger.send(said)
-        with socket.create_connection(("127.0.0.1", place["port"])) as plain:
-            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            with socket.create_connection(("127.0.0.1", lines.config.leader_port)) as store:
-                store.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                lines.add(1)
-                lines.add(2)
-                lines.start()
+            socket.send_multipart(parts)
+        with socket_to(place_of(lines.leader)["port"]) as plain, socket_to(lines.config.leader_port) as store:
+            for scanner in (plain, store):
+                scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            lines.add(1)
+            lines.add(2)
+            lines.start()
     assert lines.leader.loss is None
+
+
+def socket_to(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"something that comes later", "it runs another version of lightqwen"),
+        (msgspec.json.encode(Join(**JOIN | {"version": 99})), "it runs another version of lightqwen"),
+        (msgspec.json.encode(Join(**JOIN)), "must be the same on all nodes"),
+    ],
+)
+def test_one_with_the_secret_that_cannot_join_is_told_why(lines: Lines, said: bytes, why: str) -> None:
+    assert why in refusal(lines, said).reason
+
+
+def test_a_number_beyond_the_nodes_is_refused(lines: Lines) -> None:
+    """Each node holds its own number against its own options; node 0 has the last word."""
+    facts = {"options": shared_options(lines.config), "checkpoint": checkpoint_digest(lines.config)}
+    for node in (0, 3):
+        said = msgspec.json.encode(Join(**JOIN | facts | {"node": node}))
+        assert refusal(lines, said).reason == f"there is no node {node} of 3"
+
+
+def refusal(lines: Lines, said: bytes) -> Refused:
+    """What node 0 answers to one who knows the secret."""
+    with stranger(lines.leader) as socket:
+        socket.send_multipart([bytes.fromhex(place_of(lines.leader)["secret"]), said])
+        give_up = time.monotonic() + 5
+        while not socket.poll(10):
+            assert time.monotonic() < give_up
+            lines.leader.turn()
+        refused = msgspec.json.decode(socket.recv(), type=Refused)
+    assert refused.final
+    return refused
+
+
+def test_a_number_that_another_process_has_is_refused(lines: Lines) -> None:
+    """Two that were started as the same node would otherwise push each other out for ever."""
+    first = lines.add(1)
+    lines.turn_until(lambda: lines.leader.missing == [2])
+    lines.add(1, join_timeout_s=2.0)
+    with pytest.raises(
+        ConfigError, match=r"could not join .* within 2 s: another process is node 1 already; see --node-rank"
+    ):
+        lines.turn_until(lambda: False)
+    lines.members.pop()
+    lines.add(2)
+    lines.start()
+    assert first.started
+
+
+def test_a_name_that_is_not_known_yet_is_waited_for(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a pod, which is known some seconds after the pod runs."""
+    real, known = socket.getaddrinfo, False
+
+    def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host == "leader.lightqwen.inference":
+            if not known:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            host = "127.0.0.1"
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    lines = Lines(changed(config, leader_address="leader.lightqwen.inference"))
+    try:
+        lines.add(1)
+        lines.add(2)
+        lines.turn_until(lambda: lines.leader.problem != "")
+        assert lines.leader.store is None
+        known = True
+        lines.start()
+    finally:
+        lines.close()
+
+
+def test_what_may_surprise_is_said_once_it_listens(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    lines = Lines(changed(config, leader_address="192.0.2.1"))
+    lines.leader.turn()
+    lines.leader.turn()
+    assert caplog.text.count("no interface has the address of 192.0.2.1") == 1
+    lines.close()
+
+
+def test_a_name_that_never_becomes_known_is_named(config: EngineConfig) -> None:
+    lines = Lines(changed(config, leader_address="node0.invalid", join_timeout_s=1.0))
+    with pytest.raises(ConfigError, match=r"cannot listen on node0\.invalid:\d+: .+; see --leader-address"):
+        lines.turn_until(lambda: False, 20.0)
+    lines.close()
 
 
 def test_one_that_comes_when_all_run_is_told_so_and_keeps_looking(lines: Lines) -> None:
@@ -209,45 +322,18 @@ def test_one_that_comes_when_all_run_is_told_so_and_keeps_looking(lines: Lines) 
     assert lines.leader.loss is None
 
 
-def test_a_port_in_use_is_one_readable_line(config: EngineConfig) -> None:
+def test_a_port_in_use_is_one_readable_line(lines: Lines) -> None:
     with (
-        socket.create_server(("127.0.0.1", config.leader_port)),
+        socket.create_server(("127.0.0.1", lines.config.leader_port)),
         pytest.raises(ConfigError, match=r"cannot listen on 127.0.0.1:\d+: Address already in use; see --leader-port"),
     ):
-        LeaderLine(config)
+        lines.leader.turn()
 
 
 def test_it_listens_at_the_leaders_address_only(lines: Lines) -> None:
-    port = json.loads(lines.leader.store.get("line"))["port"]
-    for number in (port, lines.config.leader_port):
+    for number in (place_of(lines.leader)["port"], lines.config.leader_port):
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", number), timeout=2).close()
-
-
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-
-def test_the_way_and_its_interface() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        way = reach("localhost", server.getsockname()[1], 5.0)
-    assert (way.ours, way.theirs) == ("127.0.0.1", "127.0.0.1")
-    assert interface_of(way.ours) == "lo"
-    assert interface_of("192.0.2.1") is None
-
-
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
-def test_the_interface_of_an_ipv6_address() -> None:
-    assert interface_of("2001:db8::1") is None
-    if "lo" in Path("/proc/net/if_inet6").read_text().split():
-        assert interface_of("::1") == "lo"
-
-
-def test_an_address_of_somebody_else_means_all_of_ours() -> None:
-    assert own_address("127.0.0.1") == "127.0.0.1"
-    assert own_address("192.0.2.1") is None
-    assert own_address("no-such-host.invalid") is None
-    with listen("192.0.2.1", 0) as server:
-        assert server.getsockname()[0] == "0.0.0.0"
 
 
 # ---- the options -----------------------------------------------------------------------------------------------------

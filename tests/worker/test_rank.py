@@ -94,6 +94,14 @@ def test_fewer_tokens_a_step_than_running_requests(config: EngineConfig) -> None
     assert "max_batched_tokens=16 is below max_running=17" in reason
 
 
+@pytest.mark.parametrize("max_mixed_tokens", [16, 65])
+def test_mixed_steps_out_of_bounds(config: EngineConfig, max_mixed_tokens: int) -> None:
+    limits = {"max_running": 17, "max_batched_tokens": 64, "max_mixed_tokens": max_mixed_tokens}
+    reason = reason_of(changed(config, **limits))
+    assert f"max_mixed_tokens={max_mixed_tokens} must be at least max_running=17" in reason
+    assert "at most max_batched_tokens=64" in reason
+
+
 def test_more_memory_than_there_is(config: EngineConfig) -> None:
     reason = reason_of(changed(config, num_blocks=1 << 40))
     assert "KV blocks need" in reason

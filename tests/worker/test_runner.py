@@ -1,4 +1,4 @@
-"""A step padded to a CUDA graph's shape computes what the step alone does; shown on the CPU, where nothing is captured."""
+"""A step padded to a CUDA graph's shape computes what the step alone does: on the CPU, where nothing is captured."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from worker.config import EngineConfig
 from worker.messages import SamplingParams, Submit, ids_to_bytes
-from worker.runner import Runner, _GraphShape, build_runner
+from worker.runner import Runner, build_runner
 from worker.runtime import resolve
 from worker.scheduler import Scheduler, SchedulerLimits
+from worker.shapes import StepShape
 
 MAX_LEN, BLOCK, BLOCKS, SLOTS = 128, 16, 64, 8
 
@@ -39,6 +40,7 @@ def make_runner(folder: Path) -> tuple[Runner, Scheduler]:
         max_model_len=MAX_LEN,
         max_running=SLOTS,
         max_batched_tokens=64,
+        max_mixed_tokens=64,
         block_size=BLOCK,
         num_blocks=BLOCKS,
         watermark_blocks=0,
@@ -56,7 +58,7 @@ def submit(scheduler: Scheduler, number: int, prompt_tokens: int, vocab_size: in
 class PaddedRunner:
     """Runs every step in the smallest of some shapes, as `Runner` does with those that it has captured."""
 
-    def __init__(self, runner: Runner, shapes: list[_GraphShape]) -> None:
+    def __init__(self, runner: Runner, shapes: list[StepShape]) -> None:
         self._runner = runner
         self._shapes = shapes
         self.used: set[int] = set()
@@ -82,8 +84,8 @@ def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int]) ->
     outputs = []
     for padded in (False, True):
         runner, scheduler = make_runner(tiny_checkpoint)
-        shapes = [_GraphShape.decode(rows, MAX_LEN) for rows in (4, SLOTS)]
-        shapes += [_GraphShape.mixed(tokens, rows, MAX_LEN) for tokens in (32, 64) for rows in (3, SLOTS)]
+        shapes = [StepShape.decode(rows, MAX_LEN) for rows in (4, SLOTS)]
+        shapes += [StepShape.mixed(tokens, rows, MAX_LEN) for tokens in (32, 64) for rows in (3, SLOTS)]
         graphs = PaddedRunner(runner, shapes)
         tokens: dict[int, list[int]] = {}
         step = 0
@@ -111,7 +113,7 @@ def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int]) ->
 
 
 def test_shapes_take_what_fits() -> None:
-    decode, mixed = _GraphShape.decode(4, MAX_LEN), _GraphShape.mixed(64, 4, MAX_LEN)
+    decode, mixed = StepShape.decode(4, MAX_LEN), StepShape.mixed(64, 4, MAX_LEN)
     assert (decode.bounds.num_tokens, decode.bounds.max_chunk_rows) == (4, 0)
     assert (mixed.bounds.num_tokens, mixed.bounds.max_chunk_rows) == (64, 4)
-    assert _GraphShape.mixed(4, 8, MAX_LEN).bounds.max_chunk_rows == 2  # a chunk has two tokens at least
+    assert StepShape.mixed(4, 8, MAX_LEN).bounds.max_chunk_rows == 2  # a chunk has two tokens at least

@@ -14,13 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.worker.fake_device import Expected, FakeDevice, expected_output
 from worker.messages import Finished, FinishReason, SamplingParams, Submit, ids_to_bytes
 from worker.plan import StepPlan
-from worker.scheduler import Phase, PlannedStep, Scheduler, SchedulerLimits
+from worker.scheduler import NO_TOKEN, Phase, PlannedStep, Scheduler, SchedulerLimits
 
 LIMITS = SchedulerLimits(
     vocab_size=13,
     max_model_len=24,
     max_running=4,
     max_batched_tokens=8,
+    max_mixed_tokens=8,
     block_size=4,
     num_blocks=12,
     watermark_blocks=1,
@@ -232,6 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         max_running=st.integers(1, 5),
         spare_budget=st.integers(0, 12),
+        mixed_share=st.sampled_from([1, 2, 100]),
         watermark_blocks=st.integers(0, 3),
         prefix_caching=st.booleans(),
         run_ahead=st.integers(1, 3),
@@ -243,6 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size: int,
         max_running: int,
         spare_budget: int,
+        mixed_share: int,
         watermark_blocks: int,
         prefix_caching: bool,
         run_ahead: int,
@@ -254,6 +257,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_blocks=-(-LIMITS.max_model_len // block_size) + spare_blocks,
             max_running=max_running,
             max_batched_tokens=max_running + spare_budget,
+            max_mixed_tokens=max_running + spare_budget // mixed_share,
             watermark_blocks=watermark_blocks,
             prefix_caching=prefix_caching,
         )
@@ -363,3 +367,27 @@ def test_outputs_are_the_models_however_little_memory_there_is(
     stats = [episode(seed, **limits).scheduler.stats() for seed in range(9)]
     assert (sum(stat.preemptions for stat in stats) > 10) == (room == "tight")
     assert (sum(stat.prefix_hit_tokens for stat in stats) > 100) == prefix_caching
+
+
+def test_prompts_leave_room_for_the_next_tokens_of_others() -> None:
+    """Alone a prompt fills a step; beside a decode, whose token waits for the step, it gets less."""
+    scheduler = Scheduler(
+        replace(LIMITS, max_batched_tokens=8, max_mixed_tokens=5, prefix_caching=False),
+        hash_key=b"k" * 32,
+        clock=lambda: 0.0,
+    )
+
+    def submit(number: int) -> None:
+        prompt = ids_to_bytes(np.arange(12) % LIMITS.vocab_size)
+        scheduler.submit(0, Submit(request=number, epoch=1, prompt=prompt, sampling=SamplingParams(), max_tokens=8))
+
+    def step() -> list[int]:
+        planned = scheduler.plan()
+        assert planned is not None
+        scheduler.retire(planned, np.where(planned.samples, 1, NO_TOKEN).astype(np.int32))
+        return planned.plan.query_lens.tolist()
+
+    submit(0)
+    assert [step(), step()] == [[8], [4]]
+    submit(1)
+    assert [step(), step(), step(), step()] == [[1, 4], [1, 4], [1, 4], [1, 1]]

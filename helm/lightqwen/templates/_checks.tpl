@@ -6,6 +6,7 @@
   (include "lightqwen.engineProblems" . | fromJsonArray)
   (include "lightqwen.scalingProblems" . | fromJsonArray)
   (include "lightqwen.accessProblems" . | fromJsonArray)
+  (include "lightqwen.watchingProblems" . | fromJsonArray)
   (include "lightqwen.environmentProblems" . | fromJsonArray) -}}
 {{- if $problems -}}
 {{- fail (printf "\n\nlightqwen cannot be installed with these values:\n  - %s\n" (join "\n  - " $problems)) -}}
@@ -66,7 +67,7 @@
 {{- $problems = append $problems (printf "resources.%s has %s: the chart computes it from engine.tensorParallelSize" $kind $.Values.gpu.resourceName) -}}
 {{- end -}}
 {{- end -}}
-{{- $reserved := list "config" "revision" "served_model_name" "nodes" "node_rank" "leader_address" "join_timeout_s" "tls_cert" "tls_key" "tls_client_ca" "auth_tokens_file" "admin_tokens_file" -}}
+{{- $reserved := list "config" "revision" "served_model_name" "nodes" "node_rank" "leader_address" "leader_port" "join_timeout_s" "tls_cert" "tls_key" "tls_client_ca" "auth_tokens_file" "admin_tokens_file" -}}
 {{- $reserved = concat $reserved (keys (include "lightqwen.decided" . | fromYaml)) -}}
 {{- range $key, $_ := .Values.config -}}
 {{- if has $key $reserved -}}
@@ -125,9 +126,6 @@
 {{- if and .Values.tls.clientCaSecretName .Values.helmTest.enabled (not .Values.helmTest.clientCertSecretName) -}}
 {{- $problems = append $problems "helmTest.clientCertSecretName is missing: callers need a certificate, `helm test` too (or set helmTest.enabled to false)" -}}
 {{- end -}}
-{{- if and .Values.podMonitor.enabled (ne (toString .Values.podMonitor.enabled) "auto") .Values.serviceMonitor.enabled -}}
-{{- $problems = append $problems "podMonitor and serviceMonitor are both enabled: every sample would be counted twice" -}}
-{{- end -}}
 {{- if and .Values.grpcRoute.enabled (not .Values.grpcRoute.parentRefs) -}}
 {{- $problems = append $problems "grpcRoute.enabled: grpcRoute.parentRefs is missing" -}}
 {{- end -}}
@@ -137,9 +135,30 @@
 {{- if and .Values.inferencePool.enabled .Values.tls.enabled -}}
 {{- $problems = append $problems "inferencePool and tls are both enabled: the pool speaks plaintext HTTP/2 (h2c) to pods" -}}
 {{- end -}}
-{{- $ports := list .Values.ports.grpc .Values.ports.health .Values.ports.metrics -}}
-{{- if ne (len (uniq $ports)) 3 -}}
-{{- $problems = append $problems "ports.grpc, ports.health and ports.metrics must differ" -}}
+{{- $ports := list .Values.ports.grpc .Values.ports.health .Values.ports.metrics .Values.ports.leader -}}
+{{- if ne (len (uniq $ports)) (len $ports) -}}
+{{- $problems = append $problems "ports.grpc, ports.health, ports.metrics and ports.leader must differ" -}}
+{{- end -}}
+{{- toJson $problems -}}
+{{- end -}}
+
+{{- define "lightqwen.watchingProblems" -}}
+{{- $problems := list -}}
+{{- if and .Values.podMonitor.enabled (ne (toString .Values.podMonitor.enabled) "auto") .Values.serviceMonitor.enabled -}}
+{{- $problems = append $problems "podMonitor and serviceMonitor are both enabled: every sample would be counted twice" -}}
+{{- end -}}
+{{- $alerts := list -}}
+{{- range $path, $_ := .Files.Glob "rules/*.yaml" -}}
+{{- range $group := ($.Files.Get $path | fromYaml).groups -}}
+{{- range $rule := $group.rules -}}
+{{- $alerts = concat $alerts (compact (list $rule.alert)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range .Values.prometheusRule.disabledAlerts -}}
+{{- if not (has . $alerts) -}}
+{{- $problems = append $problems (printf "prometheusRule.disabledAlerts has %s, which is no alert: there are %s" . (join ", " $alerts)) -}}
+{{- end -}}
 {{- end -}}
 {{- toJson $problems -}}
 {{- end -}}

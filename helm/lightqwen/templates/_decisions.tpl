@@ -75,6 +75,7 @@ device: {{ .Values.engine.device }}
 tensor_parallel_size: {{ .Values.engine.tensorParallelSize }}
 {{- if include "lightqwen.multiNode" . }}
 nodes: {{ .Values.engine.nodes }}
+leader_port: {{ .Values.ports.leader }}
 join_timeout_s: {{ include "lightqwen.startupBudgetSeconds" . }}
 {{- end }}
 host: "0.0.0.0"
