@@ -73,6 +73,7 @@ def run_leader(endpoint: EngineEndpoint, rows: int) -> None:
         max_model_len=MAX_MODEL_LEN,
         max_running=rows,
         max_batched_tokens=8192,
+        max_mixed_tokens=8192,
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
         watermark_blocks=16,
