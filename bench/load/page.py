@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.load.errors import LoadError
-from bench.load.metrics import Distribution, Floats, Latencies
-from bench.load.report import COLUMNS, LATENCIES, Result, figures, headline, warnings
+from bench.load.metrics import Floats, Latencies
+from bench.load.report import COLUMNS, Result, figures, headline, latencies, warnings
 from bench.load.sender import COMPLETED
 
 if TYPE_CHECKING:
@@ -78,10 +78,8 @@ def _flat(values: Any) -> Iterable[tuple[str, str]]:
 
 def _latency_table(result: Result) -> str:
     rows = ["<tr><th></th>" + "".join(f"<th>{column}</th>" for column in COLUMNS) + "</tr>"]
-    for name in LATENCIES:
-        distribution: Distribution | None = getattr(result.summary, name)
-        cells = [f"{getattr(distribution, column):,.2f}" if distribution else "-" for column in COLUMNS]
-        rows.append(f"<tr><th>{name.upper()}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    for name, cells in latencies(result.summary):
+        rows.append(f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<table class="numbers">{"".join(rows)}</table>'
 
 
@@ -93,17 +91,17 @@ def _charts(result: Result) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    latencies = Latencies.of(result.records)
+    measured = Latencies.of(result.records)
     # Text stays text, and ids do not depend on chance: the same result gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightqwen", "font.size": 9}):
         figure = Figure(figsize=(11, 10), layout="constrained")
         axes = figure.subplots(3, 2)
         _draw_throughput(axes[0, 0], result)
         _draw_course(axes[0, 1], result)
-        _draw_distribution(axes[1, 0], latencies.ttft, "TTFT")
-        _draw_distribution(axes[1, 1], latencies.itl, "ITL", crowded=True)
-        _draw_distribution(axes[2, 0], latencies.tpot, "TPOT")
-        _draw_distribution(axes[2, 1], latencies.e2el, "E2EL")
+        _draw_distribution(axes[1, 0], measured.ttft, "TTFT")
+        _draw_distribution(axes[1, 1], measured.itl, "ITL", crowded=True)
+        _draw_distribution(axes[2, 0], measured.tpot, "TPOT")
+        _draw_distribution(axes[2, 1], measured.e2el, "E2EL")
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = drawn.getvalue()

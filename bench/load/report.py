@@ -19,7 +19,6 @@ FORMAT = "lightqwen-bench/1"
 BUSY_CLIENT = 0.8  # of a core: above it, the client's own work shows in what it measures
 LATE_MS = 20.0
 
-LATENCIES = ("ttft", "tpot", "itl", "e2el")
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -87,10 +86,8 @@ def table(result: Result) -> str:
     lines = [*headline(result), ""]
     lines += [f"{name:<12}{value}" for name, value in figures(result)]
     lines += ["", f"{'ms':<12}" + "".join(f"{column:>12}" for column in COLUMNS)]
-    for name in LATENCIES:
-        distribution: Distribution | None = getattr(summary, name)
-        cells = [f"{getattr(distribution, column):,.2f}" if distribution else "-" for column in COLUMNS]
-        lines.append(f"{name.upper():<12}" + "".join(f"{cell:>12}" for cell in cells))
+    for name, cells in latencies(summary):
+        lines.append(f"{name:<12}" + "".join(f"{cell:>12}" for cell in cells))
     lines += [f"warning: {text}" for text in warnings(result)]
     return "\n".join(lines)
 
@@ -103,6 +100,13 @@ def headline(result: Result) -> list[str]:
         f"tensor parallel {server['tensor_parallel_size']}, lightqwen {server['version']}",
         result.workload,
     ]
+
+
+def latencies(summary: Summary) -> Iterator[tuple[str, list[str]]]:
+    """A name, and a readable value (ms) for each of `COLUMNS`."""
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        distribution: Distribution | None = getattr(summary, name)
+        yield name.upper(), [f"{getattr(distribution, column):,.2f}" if distribution else "-" for column in COLUMNS]
 
 
 def figures(result: Result) -> Iterator[tuple[str, str]]:
