@@ -23,6 +23,7 @@ COPY model ./model
 COPY worker ./worker
 COPY service ./service
 COPY protos ./protos
+COPY bench ./bench
 
 FROM build AS build-cpu
 RUN pip install --constraint constraints.txt ".[server]"

@@ -85,13 +85,45 @@ def sample(logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tab
 def sample_torch(
     logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables
 ) -> torch.Tensor:
-    """Compute `sample` with plain torch operations: the reference, and what runs on the CPU."""
-    scores = _penalize(logits.float(), slots, tables)
-    scores = _ban_stop_ids(scores, slots, lengths, tables)
-    drawing = (tables.temperature[slots] >= MIN_TEMPERATURE).nonzero().squeeze(1)
-    scores[drawing] = _perturb(scores[drawing], slots[drawing], lengths[drawing], tables)
-    usable = (logits < math.inf).all(dim=-1)
-    return torch.where(usable, scores.argmax(dim=-1), -1).int()
+    """Compute `sample` with plain torch operations: the reference, and what runs on the CPU.
+
+    There a pass over the vocabulary costs as much as a layer of a small model. Two are for every row; more are only for
+    those that ask for it.
+    """
+    usable = logits.amax(dim=-1) < math.inf  # nor is it so with a NaN
+    tokens = logits.argmax(dim=-1)
+    banning = _banned(slots, lengths, tables).any(dim=-1)
+    changed = (_is_penalized(slots, tables) | banning | _is_drawing(slots, tables)).nonzero().squeeze(1)
+    if len(changed):
+        tokens[changed] = _choose(logits[changed].float(), slots[changed], lengths[changed], tables)
+    return torch.where(usable, tokens, -1).int()
+
+
+def _choose(scores: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
+    """Return a token for each row of scores, which it may overwrite."""
+    penalized = _is_penalized(slots, tables).nonzero().squeeze(1)
+    if len(penalized):
+        scores[penalized] = _penalize(scores[penalized], slots[penalized], tables)
+    rows, columns = _banned(slots, lengths, tables).nonzero(as_tuple=True)
+    scores[rows, tables.stop_ids[slots[rows], columns].long()] = -math.inf
+    tokens = scores.argmax(dim=-1)
+    drawing = _is_drawing(slots, tables).nonzero().squeeze(1)
+    tempered = scores[drawing] / tables.temperature[slots[drawing]].unsqueeze(1)
+    tokens[drawing] = _draw(tempered, slots[drawing], lengths[drawing], tables)
+    return tokens
+
+
+def _is_penalized(slots: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
+    return (tables.repetition[slots] != 1) | (tables.frequency[slots] != 0) | (tables.presence[slots] != 0)
+
+
+def _is_drawing(slots: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
+    return tables.temperature[slots] >= MIN_TEMPERATURE
+
+
+def _banned(slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
+    """Tell which of the slots' stop ids [rows, max_stop_ids] may not come yet."""
+    return (tables.stop_ids[slots] >= 0) & (lengths < tables.min_length[slots]).unsqueeze(1)
 
 
 def _penalize(scores: torch.Tensor, slots: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
@@ -105,54 +137,75 @@ def _penalize(scores: torch.Tensor, slots: torch.Tensor, tables: SamplingTables)
     return scores - frequency * in_output - presence * (in_output > 0)
 
 
-def _ban_stop_ids(
-    scores: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables
-) -> torch.Tensor:
-    stop_ids = tables.stop_ids[slots]
-    banned = (stop_ids >= 0) & (lengths < tables.min_length[slots]).unsqueeze(1)
-    rows, columns = banned.nonzero(as_tuple=True)
-    scores[rows, stop_ids[rows, columns].long()] = -math.inf
-    return scores
+def _draw(scores: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
+    """Draw from tempered scores [rows, vocab]: only those that may win are put in order and get noise."""
+    top_k, top_p = tables.top_k[slots], tables.top_p[slots]
+    tokens = torch.empty_like(slots, dtype=torch.int64)
+    limited, nucleus = top_k > 0, (top_k == 0) & (top_p < 1)
+    for group, candidates in ((limited, _top_k), (nucleus, _sorted), (~limited & ~nucleus, _all)):
+        rows = group.nonzero().squeeze(1)
+        if len(rows):
+            values, ids = candidates(scores[rows], top_k[rows])
+            tokens[rows] = _draw_one_of(values, ids, slots[rows], lengths[rows], tables)
+    return tokens
 
 
-def _perturb(scores: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
-    """Return tempered scores plus noise, -inf for what top-k, top-p and min-p cut off."""
-    scores = scores / tables.temperature[slots].unsqueeze(1)
-    lowest = _lowest_kept(scores, tables.top_k[slots], tables.top_p[slots], tables.min_p[slots])
-    return scores.masked_fill(scores < lowest, -math.inf) + gumbel_noise(tables.seed[slots], lengths, scores.shape[1])
+def _top_k(scores: torch.Tensor, top_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's k highest scores and what ties with the last of them, in order, with their ids.
 
-
-def _lowest_kept(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Return the value [rows, 1] from which up a tempered score [rows, vocab] survives top-k, top-p and min-p."""
-    vocab_size = scores.shape[1]
-    descending = scores.sort(dim=-1, descending=True).values
-    highest = descending[:, :1]
-    kth = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size).long() - 1
-    lowest = descending.gather(1, kth.unsqueeze(1))
-    mass = torch.where(descending >= lowest, (descending - highest).exp(), 0).double().cumsum(dim=-1)
-    reached = mass >= top_p.unsqueeze(1) * mass[:, -1:]
-    nucleus = descending.gather(1, reached.int().argmax(dim=-1, keepdim=True))
-    lowest = torch.where(top_p.unsqueeze(1) < 1, torch.maximum(lowest, nucleus), lowest)
-    return torch.maximum(lowest, highest + min_p.log().unsqueeze(1))
-
-
-def gumbel_noise(seeds: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Return standard Gumbel noise [rows, vocab_size] float32, a function of (seed, length, token id) alone.
-
-    seeds: [rows] int64 (64 bits of an unsigned seed), lengths: [rows] int32. -log of an exponential variate, which is
-    -log(1 - v) for a uniform v of 32 bits; a series takes over where v is small, since those are the tokens that win.
+    [rows, n] both, for the largest such number n; further values of a row are -inf.
     """
-    v = (_random_bits(seeds, lengths, vocab_size).float() + 0.5) * 2.0**-32
+    top_k = top_k.clamp(max=scores.shape[1]).long()
+    kth = scores.topk(int(top_k.max())).values.gather(1, top_k.unsqueeze(1) - 1)
+    count = int((scores >= kth).sum(dim=1).max())
+    values, ids = scores.topk(max(1, count))  # a row of NaNs has none
+    return values.masked_fill(values < kth, -math.inf), ids
+
+
+def _sorted(scores: torch.Tensor, top_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, ids = scores.sort(dim=-1, descending=True)
+    return values, ids
+
+
+def _all(scores: torch.Tensor, top_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return scores, torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+
+
+def _draw_one_of(
+    values: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables
+) -> torch.Tensor:
+    """Cut [rows, n] candidates by top-p (if so, they are in order) and min-p, add noise, and return the best's id."""
+    top_p, min_p = tables.top_p[slots].unsqueeze(1), tables.min_p[slots].unsqueeze(1)
+    highest = values.amax(dim=-1, keepdim=True)
+    lowest = highest + min_p.log()
+    if bool((top_p < 1).any()):
+        mass = (values - highest).exp().double().cumsum(dim=-1)
+        reached = mass >= top_p * mass[:, -1:]
+        last = values.gather(1, reached.int().argmax(dim=-1, keepdim=True))
+        lowest = torch.where(top_p < 1, torch.maximum(lowest, last), lowest)
+    noise = gumbel_noise(tables.seed[slots], lengths, ids)
+    noisy = values.masked_fill(values < lowest, -math.inf) + noise
+    beaten = noisy < noisy.amax(dim=-1, keepdim=True)
+    return ids.masked_fill(beaten, torch.iinfo(ids.dtype).max).amin(dim=-1)
+
+
+def gumbel_noise(seeds: torch.Tensor, lengths: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return standard Gumbel noise [rows, n] float32, a function of (seed, length, token id) alone.
+
+    seeds: [rows] int64 (64 bits of an unsigned seed), lengths: [rows] int32, token_ids: [rows, n] or [n] int64. -log of
+    an exponential variate, which is -log(1 - v) for a uniform v of 32 bits; a series takes over where v is small, since
+    those are the tokens that win.
+    """
+    v = (_random_bits(seeds, lengths, token_ids).float() + 0.5) * 2.0**-32
     series = v + v * v * (0.5 + v * (1 / 3))
     exponential = torch.where(v < 2.0**-7, series, -torch.log((1 - v).clamp(min=2.0**-25)))
     return -exponential.log()
 
 
-def _random_bits(seeds: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Return 32 random bits [rows, vocab_size] as int64: a key of 64 bits per row, mixed with each token id."""
+def _random_bits(seeds: torch.Tensor, lengths: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return 32 random bits [rows, n] as int64: a key of 64 bits per row, mixed with each token id."""
     key = _mix64(_mix64(seeds) + lengths).unsqueeze(1)
     low, high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
-    token_ids = torch.arange(vocab_size, device=seeds.device)
     return _mix32(_mix32(token_ids ^ low) ^ high)
 
 

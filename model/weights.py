@@ -81,6 +81,9 @@ def load_model(
         check_checkpoint(model, checkpoint, folder)
         _materialize(model, device)
         load_weights(model, checkpoint, progress=report)
+    for layer in model.modules():
+        if isinstance(layer, ShardedModule):
+            layer.finish()
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""`lightqwen serve | generate | chat`: what a user types, and what they read.
+"""`lightqwen serve | generate | chat | bench`: what a user types, and what they read.
 
 Every failure is one readable line and an exit code other than 0. Only what the chosen command needs is imported: the
 client's commands run on the base installation, without the server's packages.
@@ -83,8 +83,34 @@ def _run_server(config: ServeConfig) -> int:
         terminal.close()
 
 
+def bench(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Run `lightqwen bench`: drive a running server and report.
+
+    Raises:
+        CommandError: it cannot run as asked.
+    """
+    from bench.load.errors import LoadError
+    from service.access import Access
+
+    access = Access.read(arguments)
+    terminal = Terminal(sys.stderr)
+    try:
+        from bench.load.command import run as run_bench
+
+        return run_bench(arguments, access, terminal, argv)
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; bench needs: pip install 'lightqwen[bench]'") from error
+    except LoadError as error:
+        raise CommandError(str(error)) from error
+    finally:
+        terminal.close()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, but for the options of `serve`: those are the fields of `service.config.ServeConfig`."""
+    from bench.load.options import add_options
+    from service.access import add_access_options
+
     parser = argparse.ArgumentParser(prog="lightqwen", description="Serve Qwen3 over gRPC, and talk to such a server.")
     parser.add_argument("--version", action="version", version=f"lightqwen {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -97,19 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk with the model; /reset begins anew, /quit or Ctrl-D ends")
     _add_request_options(chat)
+
+    bench = commands.add_parser("bench", help="measure a server: latencies and throughput under load")
+    add_access_options(bench)
+    add_options(bench)
     return parser
 
 
 def _add_request_options(parser: argparse.ArgumentParser) -> None:
+    from service.access import add_access_options
+
+    add_access_options(parser)
     add = parser.add_argument
-    add("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="the server (default: %(default)s)")
-    tls = parser.add_argument_group("security (default: plain text, no token)")
-    tls.add_argument("--tls", action="store_true", help="TLS, with the usual certificate authorities")
-    tls.add_argument("--tls-ca", metavar="FILE", help="TLS, with these certificate authorities (PEM)")
-    tls.add_argument("--tls-cert", metavar="FILE", help="a client certificate (PEM), for a server that wants one")
-    tls.add_argument("--tls-key", metavar="FILE", help="its key (PEM)")
-    tls.add_argument("--tls-server-name", metavar="NAME", help="the server's name, if not that in --target")
-    tls.add_argument("--token-file", metavar="FILE", help="a file with the bearer token (default: $LIGHTQWEN_TOKEN)")
     add("--system", metavar="TEXT", help="a system message to begin with")
     add("--thinking", action=argparse.BooleanOptionalAction, help="let the model think first (default: its template's)")
     sampling = parser.add_argument_group("sampling (default: the checkpoint's generation_config.json, then neutral)")
@@ -139,6 +164,8 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:
         return serve(argv[1:])
     arguments = build_parser().parse_args(argv)
+    if arguments.command == "bench":
+        return bench(arguments, argv)
     from service import talk
 
     return talk.generate(arguments) if arguments.command == "generate" else talk.chat(arguments)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import grpc
-
 from lightqwen.client import Client, Finished, FinishReason, Generation, LightqwenError, build_chat
+from service.access import Access
 from service.terminal import CommandError, printable
 
 PASSED_ON = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout")
@@ -148,46 +145,9 @@ def _connect(arguments: argparse.Namespace) -> Iterator[Client]:
     Raises:
         CommandError: a call failed, or a file cannot be read.
     """
-    token = _token(arguments.token_file)
-    name = arguments.tls_server_name
+    access = Access.read(arguments)
     try:
-        with Client(
-            arguments.target,
-            credentials=_credentials(arguments),
-            metadata=[("authorization", f"Bearer {token}")] if token else [],
-            options=[("grpc.ssl_target_name_override", name)] if name is not None else [],
-        ) as client:
+        with access.client() as client:
             yield client
     except LightqwenError as error:
-        raise CommandError(f"{arguments.target}: {error}") from error
-
-
-def _credentials(arguments: argparse.Namespace) -> grpc.ChannelCredentials | None:
-    """What TLS needs; None: plain text."""
-    if (arguments.tls_cert is None) != (arguments.tls_key is None):
-        raise CommandError("--tls-cert and --tls-key go together")
-    files = [_read(path) for path in (arguments.tls_ca, arguments.tls_key, arguments.tls_cert)]
-    if not arguments.tls and files == [None, None, None]:
-        return None
-    return grpc.ssl_channel_credentials(*files)
-
-
-def _token(path: str | None) -> str:
-    """The bearer token; empty: none."""
-    data = _read(path)
-    token = os.environ.get("LIGHTQWEN_TOKEN", "") if data is None else data.decode("utf-8", "replace")
-    token = token.strip()
-    if data is not None and not token:
-        raise CommandError(f"{path} is empty")
-    if not (token.isascii() and token.isprintable()) or " " in token:
-        raise CommandError(f"{path or '$LIGHTQWEN_TOKEN'} is not one token")
-    return token
-
-
-def _read(path: str | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from error
+        raise CommandError(f"{access.target}: {error}") from error

@@ -20,27 +20,30 @@ class CommandError(Exception):
 
 
 class Terminal:
-    """What `serve` shows while it starts: one line that changes on a terminal, a line now and then elsewhere."""
+    """What a command shows while it works: one line that changes on a terminal, a line now and then elsewhere."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._clock = clock
         self._live = stream.isatty()
         self._open = False  # a line that may change is on the screen
-        self._last = ("", "")
+        self._last_topic = ""
         self._last_at = -SPARSE_SECONDS
 
     def progress(self, process: str, progress: Progress) -> None:
-        """Show where `process` is. Without a terminal: when it begins something new, or after some seconds."""
+        """Show where `process` is."""
         amount = f" {progress.done}/{progress.total}" if progress.total else ""
-        line = f"{process}: {progress.what}{amount}"
+        self.update(f"{process}: {progress.what}{amount}", topic=f"{process}: {progress.what}")
+
+    def update(self, line: str, topic: str = "") -> None:
+        """Show a line in the place of the one before. Without a terminal: where the topic is new, or after a while."""
         if self._live:
             width = shutil.get_terminal_size().columns
             self._stream.write(f"\r\x1b[2K{line[: width - 1]}")
             self._stream.flush()
             self._open = True
-        elif self._last != (process, progress.what) or self._clock() - self._last_at >= SPARSE_SECONDS:
-            self._last, self._last_at = (process, progress.what), self._clock()
+        elif topic != self._last_topic or self._clock() - self._last_at >= SPARSE_SECONDS:
+            self._last_topic, self._last_at = topic, self._clock()
             self.say(line)
 
     def say(self, line: str) -> None:

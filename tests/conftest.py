@@ -54,6 +54,8 @@ def endless_checkpoint() -> Path:
 
 # Whole servers, several machines, a cluster's life, trainings: what `make test-fast` leaves to `make test`.
 SLOW = (
+    "bench/test_load.py",
+    "bench/test_served.py",
     "helm",
     "model/demo/test_served.py",
     "model/demo/test_training.py",

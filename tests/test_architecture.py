@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("service", "worker", "model", "protos")
+PACKAGES = ("service", "worker", "model", "protos", "bench")
 
 
 def sources(root: Path) -> Iterator[tuple[Path, ast.Module]]:

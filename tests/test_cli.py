@@ -167,7 +167,7 @@ def test_serve_help_has_every_option_with_its_meaning() -> None:
         assert " ".join(field.description.split()) in text, name
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["bench"]])
 def test_help_starts_quickly_and_needs_no_server_package(command: list[str]) -> None:
     code = f"""
 import sys

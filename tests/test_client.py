@@ -180,6 +180,13 @@ def test_unset_groups_stay_unset() -> None:
     assert request.HasField("sampling")
     assert not request.HasField("stopping")
     assert not request.HasField("output")
+    assert not request.HasField("cache")
+
+
+def test_options_of_the_cache_are_set() -> None:
+    request = build_request([1, 2], bypass_prefix_cache=True, cache_salt="mine")
+    assert request.cache.bypass_prefix_cache
+    assert request.cache.cache_salt == "mine"
 
 
 def test_unknown_option_is_refused() -> None:

@@ -29,9 +29,9 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFi
 
 def test_wheel_has_every_module(wheel: zipfile.ZipFile, root: Path) -> None:
     shipped = set(wheel.namelist())
-    for package, folder in (("service", "service"), ("worker", "worker"), ("model", "model")):
-        for path in (root / folder).rglob("*.py"):
-            assert f"{package}/{path.relative_to(root / folder)}" in shipped
+    for package in ("service", "worker", "model", "bench"):
+        for path in (root / package).rglob("*.py"):
+            assert str(path.relative_to(root)) in shipped
     for path in (root / "protos" / "lightqwen").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert str(path.relative_to(root / "protos")) in shipped
@@ -63,7 +63,7 @@ def test_wheel_needs_only_grpcio_and_protobuf(wheel: zipfile.ZipFile) -> None:
 
 BASE_ONLY = """
 import importlib.abc, sys
-ALLOWED = {"grpc", "google", "typing_extensions", "lightqwen", "service"}
+ALLOWED = {"grpc", "google", "typing_extensions", "lightqwen", "service", "bench"}
 
 class Gate(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -84,11 +84,20 @@ def test_base_installation_imports(module: str) -> None:
 
 def test_serve_on_the_base_installation_says_what_is_missing() -> None:
     code = f"{BASE_ONLY}\nsys.argv = ['lightqwen', 'serve']\nfrom service.cli import main\nsys.exit(main())"
-    code = code.replace('"service"}', '"service", "worker"}')
+    code = code.replace('"bench"}', '"bench", "worker"}')
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "lightqwen: error: pydantic is not installed; a server needs: pip install 'lightqwen[server]'"
+    ]
+
+
+def test_bench_on_the_base_installation_says_what_is_missing() -> None:
+    code = f"{BASE_ONLY}\nsys.argv = ['lightqwen', 'bench']\nfrom service.cli import main\nsys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "lightqwen: error: numpy is not installed; bench needs: pip install 'lightqwen[bench]'"
     ]
 
 

@@ -1,19 +1,30 @@
 """Attention in plain torch: the backend of the CPU.
 
-Row by row: a row's keys and values are gathered from their blocks into a buffer that stays in the processor's cache,
-then read once by torch's fused attention. Padding all rows to the longest and gathering them together was slower from
-16 rows of a few hundred tokens on, and a row computed alone cannot depend on its neighbours. Lengths are read back to
-the host, so on a GPU this cannot be part of a CUDA graph.
+Row by row: a row's keys and values are read where they lie if their blocks follow each other, else gathered into a
+buffer that stays in the processor's cache, and read once by torch's fused attention. Padding all rows to the longest
+and gathering them together was slower from 16 rows of a few hundred tokens on, and a row computed alone cannot depend
+on its neighbours. Lengths are read back to the host, so on a GPU this cannot be part of a CUDA graph.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 
 from model.inputs import StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A living row of a step."""
+
+    queries: slice
+    kv_len: int
+    blocks: slice | torch.Tensor
+    """Of the cache: a slice where they follow each other, as most do until the cache has been full once."""
 
 
 class TorchAttention:
@@ -37,34 +48,45 @@ class TorchAttention:
         self._block_size = block_size
         self._gathered = torch.empty(2, 0, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
 
-    def plan(self, inputs: StepInputs) -> list[tuple[int, slice, int]]:
-        """List the living rows: row, its queries, its kv_len."""
+    def plan(self, inputs: StepInputs) -> list[_Row]:
+        """List the living rows."""
         starts = inputs.query_starts.tolist()
-        lens = inputs.kv_lens.tolist()
-        return [(row, slice(starts[row], starts[row + 1]), kv_len) for row, kv_len in enumerate(lens) if kv_len]
+        return [
+            _Row(slice(starts[row], starts[row + 1]), kv_len, self._blocks(inputs.block_tables[row], kv_len))
+            for row, kv_len in enumerate(inputs.kv_lens.tolist())
+            if kv_len
+        ]
 
     def forward(
         self, q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim]; zeros for dead rows and for tokens of no row."""
         out = torch.zeros_like(q)
-        for row, queries, kv_len in inputs.attention_plan:
-            keys, values = self._gather(key_cache, value_cache, inputs.block_tables[row], kv_len)
-            out[queries] = self._attend(q[queries], keys, values)
+        rows: list[_Row] = inputs.attention_plan
+        for row in rows:
+            keys, values = self._read(key_cache, value_cache, row.blocks)
+            out[row.queries] = self._attend(q[row.queries], keys[: row.kv_len], values[: row.kv_len])
         return out
 
-    def _gather(
-        self, key_cache: torch.Tensor, value_cache: torch.Tensor, block_table: torch.Tensor, kv_len: int
+    def _blocks(self, block_table: torch.Tensor, kv_len: int) -> slice | torch.Tensor:
+        table = block_table[: -(-kv_len // self._block_size)]
+        blocks = table.tolist()
+        first, last = blocks[0], blocks[-1]
+        return slice(first, last + 1) if blocks == list(range(first, last + 1)) else table
+
+    def _read(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor, blocks: slice | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a row's keys and values in order, each [kv_len, kv_heads, head_dim], valid until the next call."""
-        num_blocks = -(-kv_len // self._block_size)
-        if num_blocks > self._gathered.shape[1]:
+        """Return keys and values of the blocks, [tokens, kv_heads, head_dim] each, valid until the next call."""
+        if isinstance(blocks, slice):
+            return key_cache[blocks].flatten(0, 1), value_cache[blocks].flatten(0, 1)
+        if len(blocks) > self._gathered.shape[1]:
             # Kept, and grown by doubling: fresh memory of this size costs more in page faults than the copy into it.
-            self._gathered = self._gathered.new_empty(2, 2 * num_blocks, *self._gathered.shape[2:])
-        keys, values = self._gathered[:, :num_blocks].unbind(0)
-        torch.index_select(key_cache, 0, block_table[:num_blocks], out=keys)
-        torch.index_select(value_cache, 0, block_table[:num_blocks], out=values)
-        return keys.flatten(0, 1)[:kv_len], values.flatten(0, 1)[:kv_len]
+            self._gathered = self._gathered.new_empty(2, 2 * len(blocks), *self._gathered.shape[2:])
+        keys, values = self._gathered[:, : len(blocks)].unbind(0)
+        torch.index_select(key_cache, 0, blocks, out=keys)
+        torch.index_select(value_cache, 0, blocks, out=values)
+        return keys.flatten(0, 1), values.flatten(0, 1)
 
     def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Attend from the newest tokens of one row, [queries, heads, head_dim], to all of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from model.kernels.packed import linear, pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
 from model.parallel import TensorParallel
 
@@ -54,5 +55,9 @@ class ParallelLMHead(_VocabParallel):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] to contiguous [rows, vocab_size], the same on every rank."""
-        logits = self._tp.all_gather_last(F.linear(hidden_states, self.weight))
+        logits = self._tp.all_gather_last(linear(hidden_states, self.weight))
         return logits[:, : self._vocab_size].contiguous()
+
+    def finish(self) -> None:
+        """Where the weight is tied to the embedding and is packed, it is a second copy from now on."""
+        self.weight = pack(self.weight)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from model.kernels.packed import linear, pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
 from model.parallel import TensorParallel
 
@@ -40,7 +40,10 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] to this rank's output features, the packed parts side by side."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def finish(self) -> None:
+        self.weight = pack(self.weight)
 
     def shard(self, parameter: str, part: Part | None = None) -> Shard:
         """Return the rows of the tensor called `part`; of its weight or its bias."""
@@ -128,9 +131,12 @@ class RowParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's [tokens, in_features / size] to the whole [tokens, out_features], the same on every rank."""
         if self._tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self._tp.all_reduce(F.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        out = self._tp.all_reduce(linear(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
+
+    def finish(self) -> None:
+        self.weight = pack(self.weight)
 
     def shard(self, parameter: str, part: Part | None = None) -> Shard:
         """Return this rank's columns of the weight; the bias is held whole by every rank."""

@@ -23,6 +23,9 @@ class Shard:
 class ShardedModule(nn.Module):
     """A layer that can tell the loader how its parameters come out of a checkpoint."""
 
+    def finish(self) -> None:
+        """Be told that every parameter has its values."""
+
     def shard(self, parameter: str, part: Part | None = None) -> Shard:
         """Return the slice that fills `parameter` (its `part`, where several tensors are packed in one).
 

@@ -118,6 +118,8 @@ class GenerateOptions(TypedDict, total=False):
     text: bool | None
     token_ids: bool | None
     skip_special_tokens: bool | None
+    cache_salt: str | None
+    bypass_prefix_cache: bool | None
     request_id: str
     model: str
 
@@ -193,7 +195,7 @@ def build_request(prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Gen
     """
     given = _given(**options)
     request = GenerateRequest(prompt=build_prompt(prompt))
-    groups: tuple[Any, ...] = (request.sampling, request.stopping, request.output, request)
+    groups: tuple[Any, ...] = (request.sampling, request.stopping, request.output, request.cache, request)
     for group in groups:
         for name in given.keys() & group.DESCRIPTOR.fields_by_name.keys():
             try:

@@ -58,6 +58,15 @@ def load(folder: Path, *, tp: TensorParallel | None = None, block_size: int = 8,
     )
 
 
+def unpack(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """Give the model back its weights as the checkpoint's tensors filled them."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_mkldnn:
+                setattr(module, name, torch.nn.Parameter(parameter.to_dense(), requires_grad=False))
+    return model
+
+
 def random_ids(count: int, vocab_size: int = TINY["vocab_size"], seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocab_size), k=count)
 

@@ -22,9 +22,11 @@ def make(name: str = "torch", **options: Any) -> Any:
     return make_attention(name, **{**shape, "scale": HEAD_DIM**-0.5, "device": CPU, "dtype": torch.float32, **options})
 
 
-def make_step(query_lens: list[int], kv_lens: list[int], num_decode_rows: int, num_blocks: int) -> StepInputs:
+def make_step(
+    query_lens: list[int], kv_lens: list[int], num_decode_rows: int, num_blocks: int, *, scattered: bool = True
+) -> StepInputs:
     needed = [math.ceil(kv_len / BLOCK) for kv_len in kv_lens]
-    blocks = iter(torch.randperm(num_blocks).tolist())
+    blocks = iter(torch.randperm(num_blocks).tolist() if scattered else range(num_blocks))
     garbage = [2**31 - 1] * (max(needed) + 1)
     tables = [([next(blocks) for _ in range(count)] + garbage)[: max(needed) + 1] for count in needed]
     tokens = sum(query_lens)
@@ -44,10 +46,11 @@ def make_step(query_lens: list[int], kv_lens: list[int], num_decode_rows: int, n
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_reference(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scattered", [False, True])
+def test_equals_reference(heads: int, kv_heads: int, dtype: torch.dtype, scattered: bool) -> None:
     torch.manual_seed(heads)
     query_lens, kv_lens = [1, 1, 1, 1, 7, 5, 1, 3, 16], [1, 0, 8, 37, 7, 30, 12, 0, 16]
-    inputs = make_step(query_lens, kv_lens, num_decode_rows=4, num_blocks=32)
+    inputs = make_step(query_lens, kv_lens, num_decode_rows=4, num_blocks=32, scattered=scattered)
     keys, values = torch.randn(2, 32, BLOCK, kv_heads, HEAD_DIM, dtype=dtype)
     q = torch.randn(sum(query_lens), heads, HEAD_DIM, dtype=dtype)
     arguments = (inputs.block_tables, inputs.query_starts, inputs.kv_lens, HEAD_DIM**-0.5)

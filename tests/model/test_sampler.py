@@ -31,7 +31,7 @@ def draw(logits: torch.Tensor, tables: SamplingTables, positions: range) -> list
     """Draw one token at each position from the same logits [vocab]."""
     rows = len(positions)
     lengths = torch.tensor(positions, dtype=torch.int32)
-    return sample(logits.expand(rows, -1).contiguous(), torch.zeros(rows, dtype=torch.int64), lengths, tables).tolist()
+    return sample(logits.expand(rows, -1).contiguous(), torch.zeros(rows, dtype=torch.int32), lengths, tables).tolist()
 
 
 def exact_probabilities(logits: np.ndarray, length: int, tables: SamplingTables) -> np.ndarray:
@@ -125,7 +125,7 @@ def test_positions_are_independent(step: int) -> None:
 
 
 def test_noise_is_gumbel() -> None:
-    noise = gumbel_noise(torch.tensor([0, 1, -1]), torch.tensor([0, 1, 2], dtype=torch.int32), 50_000)
+    noise = gumbel_noise(torch.tensor([0, 1, -1]), torch.tensor([0, 1, 2], dtype=torch.int32), torch.arange(50_000))
     assert noise.isfinite().all()
     for row in noise.double().numpy():
         assert ks_1samp(row, lambda x: np.exp(-np.exp(-x))).pvalue > 1e-6
@@ -134,7 +134,7 @@ def test_noise_is_gumbel() -> None:
 def test_noise_is_fine_grained_where_rare_tokens_win() -> None:
     """A uniform variate of 24 bits could take 37 values above noise of 13, and none above 16.7."""
     seeds = torch.arange(60)
-    noise = gumbel_noise(seeds, torch.zeros(60, dtype=torch.int32), 151_936)
+    noise = gumbel_noise(seeds, torch.zeros(60, dtype=torch.int32), torch.arange(151_936))
     top = noise[noise > 13.0]
     expected = noise.numel() * math.exp(-13.0)
     assert abs(len(top) - expected) < 5 * math.sqrt(expected)
@@ -163,7 +163,7 @@ def test_noise_is_defined_by_integers() -> None:
         words = [mix32(mix32(token ^ (key & bits32)) ^ (key >> 32)) for token in range(1_000)]
         expected.append([-math.log(-math.log1p(-(word + 0.5) / 2**32)) for word in words])
     signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds])
-    noise = gumbel_noise(signed, torch.tensor(lengths, dtype=torch.int32), 1_000)
+    noise = gumbel_noise(signed, torch.tensor(lengths, dtype=torch.int32), torch.arange(1_000))
     torch.testing.assert_close(noise.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
 
 

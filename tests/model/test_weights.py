@@ -19,7 +19,7 @@ from model.layers import Shard
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from model.weights import checkpoint_shards
-from tests.model.helpers import PagedCache, PagedSequence, load, random_ids, run, save_checkpoint
+from tests.model.helpers import PagedCache, PagedSequence, load, random_ids, run, save_checkpoint, unpack
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
@@ -143,8 +143,8 @@ def test_names_of_the_bare_model_and_leftovers(tmp_path: Path) -> None:
         tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
 
     edit(tmp_path, rename)
-    actual = load(tmp_path)
-    for name, parameter in expected.state_dict().items():
+    actual = unpack(load(tmp_path))
+    for name, parameter in unpack(expected).state_dict().items():
         assert torch.equal(actual.state_dict()[name], parameter)
 
 
@@ -159,7 +159,7 @@ def test_reads_only_its_slices(tiny_checkpoint: tuple[Path, Any], monkeypatch: p
         return values
 
     monkeypatch.setattr(CheckpointTensor, "read", record)
-    model = load(folder, tp=TensorParallel(rank=3, size=4))  # loading needs no group
+    model = unpack(load(folder, tp=TensorParallel(rank=3, size=4)))  # loading needs no group
     assert read["model.layers.0.self_attn.q_proj.weight"] == (16, 48)
     assert read["model.layers.0.self_attn.k_proj.weight"] == (16, 48)  # one whole KV head, shared with rank 2
     assert read["model.layers.0.self_attn.o_proj.weight"] == (48, 16)
@@ -187,17 +187,17 @@ def test_converts_dtype(tiny_checkpoint: tuple[Path, Any]) -> None:
     folder, reference = tiny_checkpoint
     model = load(folder, dtype=torch.bfloat16)
     expected = reference.lm_head.weight.to(torch.bfloat16)
-    assert torch.equal(model.lm_head.weight, expected)
+    assert torch.equal(unpack(model).lm_head.weight, expected)
     assert model.model.rotary_emb.cos_sin.dtype == torch.float32
 
 
 def test_random_weights_are_the_same_for_every_parallel_size(tiny_checkpoint: tuple[Path, Any]) -> None:
     folder, _ = tiny_checkpoint
-    whole = checkpoint_shards(load(folder, load_format="random"))
+    whole = checkpoint_shards(unpack(load(folder, load_format="random")))
     for size in (2, 4):
         for rank in range(size):
             model = load(folder, load_format="random", tp=TensorParallel(rank=rank, size=size))
-            for name, shard in checkpoint_shards(model).items():
+            for name, shard in checkpoint_shards(unpack(model)).items():
                 assert torch.equal(shard.target, whole[name].target[shard.source]), name
 
 
@@ -207,13 +207,13 @@ def test_random_weights_make_sensible_logits(tmp_path: Path) -> None:
     model = load(tmp_path, load_format="random")
     [logits] = run(model, PagedCache(model.config), [(PagedSequence(), random_ids(40))])
     assert 0.5 < logits.std() < 2.0
-    assert not torch.equal(*(model.model.layers[i].mlp.down_proj.weight for i in (0, 1)))
+    assert not torch.equal(*(unpack(model).model.layers[i].mlp.down_proj.weight for i in (0, 1)))
 
 
 def test_every_checkpoint_tensor_has_one_place(tiny_checkpoint: tuple[Path, Any]) -> None:
     """The shards bear the checkpoint's names, and together they fill every parameter exactly once."""
     folder, _ = tiny_checkpoint
-    model = load(folder)
+    model = unpack(load(folder))
     shards: dict[str, Shard] = checkpoint_shards(model)
     assert shards.keys() == open_checkpoint(folder).keys()
     for parameter in model.parameters():

@@ -1,0 +1,34 @@
+"""Where figures come from: what every benchmark on a CPU writes beside them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def provenance(module: str) -> dict[str, Any]:
+    """The command (`module` as given to `python -m`), commit, date, hardware, and how busy the machine was before."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{_processor()}, {os.cpu_count()} cores",
+        "load_average_before": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
