@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,14 +34,14 @@ from worker.runtime import RuntimeConfig, resolve
 from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
 
 GROUPS = (
-    ("attention", r"_decode_kernel|_merge_kernel|_prefill_kernel|flash"),
+    ("attention", r"_decode_kernel|_prefill_kernel|_plan_kernel|flash"),
     ("rope + kv write", r"_qk_norm_rope"),
     ("norm", r"_rms_norm"),
     ("activation", r"_silu"),
     ("sampling", r"_score_kernel|_choose_kernel"),
-    ("tables", r"_prepare_kernel|_retire_kernel|_admit_kernel|_blocks_kernel"),
-    ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_linear_kernel"),
-    ("collectives", r"nccl|all_reduce|_reduce_kernel"),
+    ("tables", r"_prepare_kernel|_retire_kernel|_admit_kernel|_enter_blocks_kernel"),
+    ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_fma_kernel|_dot_kernel"),
+    ("collectives", r"nccl|all_reduce"),
     ("copies", r"Memcpy|Memset"),
 )
 """Kernel groups by what their names hold, the first that fits; others are 'torch'."""
@@ -82,13 +82,13 @@ class Engine:
         runtime = resolve(config, shape, 0)
         self._run_ahead = runtime.run_ahead
         self._runner: Runner = build_runner(config, shape, runtime, TensorParallel.single(), lambda *_: None)
-        self._limits = _limits(config, shape, runtime, self._runner.num_blocks)
+        self.limits = _limits(config, shape, runtime, self._runner.num_blocks)
         self._scheduler = self._fresh()
         self._in_flight: list[PlannedStep] = []
         self.times: dict[str, list[float]] = defaultdict(list)
 
     def _fresh(self) -> Scheduler:
-        return Scheduler(self._limits, hash_key=b"k" * 32, clock=time.monotonic)
+        return Scheduler(self.limits, hash_key=b"k" * 32, clock=time.monotonic)
 
     def submit(self, count: int, prompt_tokens: int, max_tokens: int) -> None:
         rng = np.random.default_rng(0)
@@ -98,7 +98,7 @@ class Engine:
                 Submit(
                     request=number,
                     epoch=1,
-                    prompt=ids_to_bytes(rng.integers(0, min(10_000, self._limits.vocab_size), prompt_tokens)),
+                    prompt=ids_to_bytes(rng.integers(0, min(10_000, self.limits.vocab_size), prompt_tokens)),
                     sampling=SamplingParams(temperature=0.6, seed=number),
                     max_tokens=max_tokens,
                 ),
@@ -152,7 +152,7 @@ def decode(engine: Engine, batch: int, context: int, steps: int) -> Profile:
     def start() -> None:
         engine.reset()
         engine.submit(batch, context, 4 * steps)
-        for _ in range(steps // 2 + 2 * (1 + batch * context // engine._limits.max_batched_tokens)):
+        for _ in range(steps // 2 + 2 * (1 + batch * context // engine.limits.max_batched_tokens)):
             engine.turn()
 
     def run() -> int:
@@ -177,7 +177,8 @@ def prefill(engine: Engine, tokens: int, steps: int) -> Profile:
     return _measure(engine, f"prefill of {tokens} tokens", engine.reset, run)
 
 
-def _measure(engine: Engine, workload: str, start, run) -> Profile:  # type: ignore[no-untyped-def]
+def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Callable[[], int]) -> Profile:
+    """Run twice from a fresh start, the second time under the profiler; `run` returns how many steps it made."""
     start()
     torch.cuda.synchronize()
     engine.times.clear()
