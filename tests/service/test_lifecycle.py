@@ -147,7 +147,7 @@ async def test_draining_withdraws_then_refuses_then_waits_for_what_runs(serve: S
         for n, got in enumerate(await asyncio.gather(*running)):
             assert got.ids == [count_up([n], i) for i in range(200)]
         assert await asyncio.wait_for(served.running, 5) == 0
-        assert leader.goodbyes == 1
+        await eventually(lambda: leader.goodbyes == 1)
 
 
 async def test_what_outlives_the_drain_timeout_is_cut_off(serve: Serve, leader: FakeLeader) -> None:
