@@ -6,6 +6,7 @@ function that nothing calls.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,7 +21,31 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-__all__ = ["is_hopper", "jit", "jit_once", "tl", "triton", "use_triton"]
+__all__ = ["is_hopper", "jit", "jit_once", "on_trial", "tl", "triton", "use_triton"]
+
+TRIALS = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling")
+"""What is built and tested, but not yet chosen by a measurement on a GPU; docs/performance.md tells of each."""
+
+
+def on_trial(name: str) -> bool:
+    """Tell whether one of `TRIALS` is to be used: the variable LIGHTQWEN_TRIALS names them, with commas between.
+
+    A variable reaches every process of a server or a benchmark, so that one command compares with and without.
+
+    Raises ModelError where the variable names something else.
+    """
+    assert name in TRIALS, name
+    return name in _trials(os.environ.get("LIGHTQWEN_TRIALS", ""))
+
+
+@cache
+def _trials(value: str) -> frozenset[str]:
+    names = frozenset(filter(None, value.split(",")))
+    if unknown := names - set(TRIALS):
+        raise ModelError(
+            f"LIGHTQWEN_TRIALS: no such trial: {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}"
+        )
+    return names
 
 
 def jit(function: Callable[..., Any]) -> Any:
