@@ -8,7 +8,7 @@ Which program computes what stands in work lists on the device, made once per st
 layer's launches. So a CUDA graph holds launches whose bounds are fixed and whose work follows the lengths of the step.
 
 A decode launch over little data is a chain of loads that wait for one another. So a split's record holds all that its
-program must know before it can ask for a block table and for queries, and merging asks for many partial results at once.
+program must know before it can ask for a block table and for queries, and a merge asks for many results at once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -26,7 +26,7 @@ from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
-_MERGED = 4096  # elements of partial results that a merge loads at a time
+_MERGED = 8  # splits whose results a merge loads at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ SPLITTING = Splitting()
 
 @dataclass(frozen=True, slots=True)
 class SplitList:
-    """The splits of rows of one query: their keys, in parts of nearly equal length. A row's splits follow one another."""
+    """The splits of rows of one query: their keys, in parts of nearly equal length; a row's follow one another."""
 
     records: torch.Tensor
     """[splits, 8] int32, 32 bytes that a program reads at once: row (-1: nothing to do), its token, first key of the
@@ -53,7 +53,7 @@ class SplitList:
 
 @dataclass(frozen=True, slots=True)
 class TileList:
-    """The tiles of rows of several queries. A row's tiles follow one another."""
+    """The tiles of rows of several queries; a row's follow one another."""
 
     rows: torch.Tensor  # [tiles] int32: the row; -1: nothing to do
     firsts: torch.Tensor  # [rows + 1] int32: each row's first tile, and behind the last the number of tiles
@@ -244,7 +244,7 @@ def paged_attention_triton(
         block_tables.stride(0),
         GROUP_BLOCK=group_block,
         DOT_BLOCK=max(16, group_block),
-        SPLITS_BLOCK=max(1, _MERGED // (group_block * shape["HEAD_BLOCK"])),
+        MERGED=_MERGED,
         TILE=_DECODE_TILE,
         PDL=bool(dependent),
         **shape,
@@ -271,8 +271,8 @@ def paged_attention_triton(
 
 
 def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
-    """Return warps and pipeline stages, of which the block table's load takes one."""
-    return {"num_warps": 4, "num_stages": 5 if dtype.itemsize == 2 else 2}
+    """Return warps and pipeline stages."""
+    return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
 
 
 def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _plan_kernel(
 ):
     """Program 0 lists the splits of rows of one query, program 1 the tiles of the others.
 
-    Neither a dependent launch nor one that lets others start: `_decode_kernel` relies on it.
+    It must not take part in dependent launches: `_decode_kernel` says why.
     """
     WIDTH: tl.constexpr = 512  # units that are listed at a time
     row = tl.arange(0, ROWS)
@@ -372,19 +372,6 @@ def _rows_of(unit, firsts_ptr, num_rows, WIDTH: tl.constexpr):
     return low
 
 
-@jit
-def _cache_rows(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Return where in the cache [blocks * BLOCK_SIZE] keys start .. start + TILE - 1 of a row lie, if below end: int64."""
-    position = start + tl.arange(0, TILE)
-    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block, since start is a multiple of TILE
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        cache_rows = block * BLOCK_SIZE + position % BLOCK_SIZE
-    else:
-        blocks = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
-        cache_rows = blocks * BLOCK_SIZE + position % BLOCK_SIZE
-    return cache_rows
-
-
 @jit_once("tables_ptr")
 def _decode_kernel(
     q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
@@ -402,24 +389,33 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,  # GROUP, rounded up to a power of two
     DOT_BLOCK: tl.constexpr,  # and to what the matrix units take
-    SPLITS_BLOCK: tl.constexpr,
+    MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: the GROUP query heads of one KV head of one row, over one split of its keys."""
+    """One program: the GROUP query heads of one KV head of one row, over one split of its keys.
+
+    With PDL, it reads its record and the block table before `wait`. Both were written by kernels at the step's
+    beginning that are no dependent launches and let none start early: the kernel behind them found them ended, and
+    every later kernel starts after that one. Nothing else was there then: queries and the newest keys come from the
+    kernels just before, and the partial results, the counters and `out` may still be in use.
+    """
     begin_dependents(PDL)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     record = records_ptr + split * 8
-    row = tl.load(record).to(tl.int64)  # all of the record is requested before any of it is needed
+    row = tl.load(record).to(tl.int64)
     token = tl.load(record + 1).to(tl.int64)
     begin = tl.load(record + 2)
     end = tl.load(record + 3)
     first_split = tl.load(record + 4)
     num_splits = tl.load(record + 5)
+    # The table before the queries: a program waits for these before it goes on, and keys are asked for by the table.
+    table_ptr = tables_ptr + row * table_stride
+    tile_row = _tile_row(table_ptr, begin, end, BLOCK_SIZE, TILE)
     wait(PDL)
     if row < 0:
         return
@@ -432,27 +428,30 @@ def _decode_kernel(
     places = (token * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
     q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
 
+    key = tl.arange(0, TILE)
+    in_tile = key[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + column)[None, :]
     highest = tl.full([DOT_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([DOT_BLOCK], tl.float32)
+    totals = tl.zeros([DOT_BLOCK, TILE], tl.float32)  # summed up behind the loop: threads need not meet for it before
     acc = tl.zeros([DOT_BLOCK, HEAD_BLOCK], tl.float32)
     for start in range(begin, end, TILE):
-        position = start + tl.arange(0, TILE)
-        cache_rows = _cache_rows(tables_ptr + row * table_stride, start, end, BLOCK_SIZE, TILE)
-        offsets = (cache_rows * KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
-        mask = (position < end)[:, None] & in_head[None, :]
-        keys = tl.load(key_ptr + offsets, mask=mask, other=0.0)
+        is_key = start + key < end
+        mask = is_key[:, None] & in_head[None, :]
+        offset = tile_row * (KV_HEADS * HEAD_DIM)
+        keys = tl.load(key_ptr + offset + in_tile, mask=mask, other=0.0)
+        values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
+        tile_row = _tile_row(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where((position < end)[None, :], scores, float("-inf"))
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_highest[:, None])
         decay = tl.exp2(highest - new_highest)
-        total = total * decay + tl.sum(weights, axis=1)
-        values = tl.load(value_ptr + offsets, mask=mask, other=0.0)
+        totals = totals * decay[:, None] + weights
         acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         highest = new_highest
 
+    total = tl.sum(totals, axis=1)
     safe_total = tl.where(total > 0, total, 1.0)
-    result = acc / safe_total[:, None]
+    result = acc * (1.0 / safe_total)[:, None]
     if num_splits == 1:
         tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=own_mask)
     else:
@@ -465,8 +464,26 @@ def _decode_kernel(
             tl.store(arrivals, 0)
             _merge_splits(
                 partial_out_ptr, partial_lse_ptr, out_ptr, first_split, num_splits, token, kv_head, KV_HEADS, GROUP,
-                GROUP_BLOCK, SPLITS_BLOCK, HEAD_DIM, HEAD_BLOCK,
+                GROUP_BLOCK, MERGED, HEAD_DIM, HEAD_BLOCK,
             )  # fmt: skip
+
+
+@jit
+def _tile_row(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Return at which row of the cache [blocks * BLOCK_SIZE] the tile of keys from `start` on begins, int64.
+
+    Where blocks are smaller than tiles there is one for each key, [TILE, 1]: where the tile would begin if all of it
+    lay in the key's block. Nothing is read for keys from `end` on.
+    """
+    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block, since start is a multiple of TILE
+        block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
+        tile_row = block.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE
+    else:
+        key = tl.arange(0, TILE)
+        position = start + key
+        block = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end, other=0)
+        tile_row = (block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE - key)[:, None]
+    return tile_row
 
 
 @jit
@@ -481,13 +498,13 @@ def _merge_splits(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
+    MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
 ):
     """Store the sum of one row's partial results, each weighted by the mass that it has seen.
 
-    SPLITS_BLOCK of them are requested at a time: one after the other, each would wait for the memory.
+    MERGED of them are requested at a time: one after the other, each would wait for the memory.
     """
     highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
@@ -496,25 +513,50 @@ def _merge_splits(
     own_head = kv_head * GROUP + tl.minimum(tl.arange(0, GROUP_BLOCK), GROUP - 1)
     column = tl.arange(0, HEAD_BLOCK)
     in_head = column < HEAD_DIM
-    for first in range(0, num_splits, SPLITS_BLOCK):
-        index = first + tl.arange(0, SPLITS_BLOCK)
-        there = (index < num_splits)[:, None]
-        heads = ((first_split + index) * (KV_HEADS * GROUP)).to(tl.int64)[:, None] + own_head[None, :]
-        # Past the L1 cache, which other multiprocessors' stores do not reach.
-        lse = tl.load(partial_lse_ptr + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
-        partial = tl.load(
-            partial_out_ptr + heads[:, :, None] * HEAD_DIM + column[None, None, :],
-            mask=there[:, :, None] & in_head[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, axis=0))
-        decay, weights = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest[None, :])
-        acc = acc * decay[:, None] + tl.sum(partial * weights[:, :, None], axis=0)
-        total = total * decay + tl.sum(weights, axis=0)
+    places = own_head[:, None] * HEAD_DIM + column[None, :]
+    for first in range(0, num_splits, MERGED):
+        lses = ()
+        partials = ()
+        new_highest = highest
+        left = tl.full([GROUP_BLOCK], 0, tl.int32) + (num_splits - first)
+        for index in tl.static_range(MERGED):
+            there = index < left
+            heads = ((first_split + first + index) * (KV_HEADS * GROUP)).to(tl.int64)
+            # Past the L1 cache, which other multiprocessors' stores do not reach.
+            lse = tl.load(partial_lse_ptr + heads + own_head, mask=there, other=float("-inf"), cache_modifier=".cg")
+            partial = tl.load(
+                partial_out_ptr + heads * HEAD_DIM + places,
+                mask=there[:, None] & in_head[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            lses = lses + (lse,)  # type: ignore  # noqa: RUF005
+            partials = partials + (partial,)  # type: ignore  # noqa: RUF005
+        for index in tl.static_range(MERGED):
+            new_highest = tl.maximum(new_highest, lses[index])
+        decay = tl.exp2(highest - new_highest)
+        acc *= decay[:, None]
+        total *= decay
+        for index in tl.static_range(MERGED):
+            weight = tl.exp2(lses[index] - new_highest)
+            acc += partials[index] * weight[:, None]
+            total += weight
         highest = new_highest
-    places = (token * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(out_ptr + places, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_head[None, :])
+    out_ptr += token * (KV_HEADS * GROUP * HEAD_DIM)
+    tl.store(out_ptr + places, (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=in_head[None, :])
+
+
+@jit
+def _cache_rows(table_ptr, start, kv_len, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Return where in the cache [blocks * BLOCK_SIZE] the keys start .. start + TILE - 1 of a row lie: [TILE] int64."""
+    position = start + tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block, since start is a multiple of TILE
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        cache_rows = block * BLOCK_SIZE + position % BLOCK_SIZE
+    else:
+        blocks = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < kv_len, other=0).to(tl.int64)
+        cache_rows = blocks * BLOCK_SIZE + position % BLOCK_SIZE
+    return cache_rows
 
 
 @jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")
