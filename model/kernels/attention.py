@@ -194,11 +194,11 @@ def plan_attention(
         max_splits,
         max_tiles,
         target,
+        splitting.min_keys,
+        splitting.max_whole,
         KV_HEADS=num_kv_heads,
         ROWS=max(256, triton.next_power_of_2(rows)),
         TILE=_DECODE_TILE,
-        MIN_KEYS=splitting.min_keys,
-        MAX_WHOLE=splitting.max_whole,
         QUERIES=queries,
         num_warps=8,
     )
@@ -282,7 +282,7 @@ def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
     return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 
-@jit_once("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles", "target")
+@jit_once("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles", "target", "min_keys", "max_whole")
 def _plan_kernel(
     query_starts_ptr,  # [num_rows + 1] int32
     kv_lens_ptr,  # [num_rows] int32
@@ -295,11 +295,11 @@ def _plan_kernel(
     max_splits,
     max_tiles,
     target,  # splits of a KV head, beyond one for each row
+    min_keys,
+    max_whole,
     KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
-    MAX_WHOLE: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
     """Program 0 lists the splits of rows of one query, program 1 the tiles of the others.
@@ -315,9 +315,9 @@ def _plan_kernel(
         single = num_queries == 1
         kv_len = tl.where(single, tl.load(kv_lens_ptr + row, mask=is_row, other=0), 0)
         split_len = tl.cdiv(tl.cdiv(tl.sum(kv_len, axis=0), target), TILE) * TILE
-        split_len = tl.maximum(split_len, MIN_KEYS)
+        split_len = tl.maximum(split_len, min_keys)
         # A row without keys has one split too: it writes the zeros.
-        count = tl.where(kv_len <= MAX_WHOLE, 1, tl.maximum(tl.cdiv(kv_len, split_len), 1))
+        count = tl.where(kv_len <= max_whole, 1, tl.maximum(tl.cdiv(kv_len, split_len), 1))
         num_splits = _list_firsts(tl.where(single, count, 0), row, is_row, split_firsts_ptr)
         for first in range(0, max_splits, WIDTH):
             split = first + tl.arange(0, WIDTH)
