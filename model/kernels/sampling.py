@@ -123,7 +123,7 @@ def _score_kernel(
     counts_ptr,  # [slots, vocab_size] int32
     group_max_ptr,  # [rows, ceil(vocab_size / GROUP)] float32, written for rows that truncate: highest tempered scores
     tile_best_ptr,  # [rows, tiles] float32: the tile's highest score, with noise unless the row is greedy or truncates
-    tile_token_ptr,  # [rows, tiles] int32: its token; -1 where a logit of the tile is NaN or +inf
+    tile_token_ptr,  # [rows, tiles] int32: its token; -1 where a score of the tile is NaN or +inf
     vocab_size,
     MIN_TEMPERATURE: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
@@ -149,23 +149,21 @@ def _score_kernel(
         counts_ptr, vocab_size, MIN_TEMPERATURE, STOP_IDS,
     )  # fmt: skip
 
-    logit = logit.to(tl.float32)
-    usable = _max_or_nan(_max_or_nan(logit, 1), 0) < float("inf")
-    score = _score(logit, token, mask, rules, STOP_IDS)
-    group_max = tl.max(score, axis=1)
-    if temperature >= MIN_TEMPERATURE:
-        if _truncates(top_k, top_p, min_p, vocab_size):
-            num_groups = tl.cdiv(vocab_size, GROUP)
-            tl.store(group_max_ptr + row * num_groups + group, group_max, mask=group < num_groups)
-        else:
-            score += _gumbel_noise(tl.load(seed_ptr + slot), length, token, APPROX)
-            group_max = tl.max(score, axis=1)
-    best = tl.max(group_max, axis=0)
+    score = _score(logit.to(tl.float32), token, mask, rules, STOP_IDS)
+    draws = temperature >= MIN_TEMPERATURE
+    truncates = draws & _truncates(top_k, top_p, min_p, vocab_size)
+    if draws & (truncates == 0):
+        score = _with_noise(score, tl.load(seed_ptr + slot), length, token, APPROX)
+    group_max = tl.reduce(score, 1, _larger_or_nan)
+    if truncates:
+        num_groups = tl.cdiv(vocab_size, GROUP)
+        tl.store(group_max_ptr + row * num_groups + group, group_max, mask=group < num_groups)
+    best = tl.reduce(group_max, 0, _larger_or_nan)
     # Where no token is better than those behind the vocabulary's end, they are not the lowest.
     best_token = _lowest_token(score == best, token)
     place = row * tl.num_programs(0) + tile
     tl.store(tile_best_ptr + place, best)
-    tl.store(tile_token_ptr + place, tl.where(usable, best_token, -1))
+    tl.store(tile_token_ptr + place, tl.where(best < float("inf"), best_token, -1))
 
 
 @jit
@@ -288,20 +286,15 @@ def _score(logit, token, mask, rules, STOP_IDS: tl.constexpr):
         score = tl.where(count > 0, score * factor, score)
         score = score - frequency * in_output.to(tl.float32) - tl.where(in_output > 0, presence, 0.0)
     if bans:
-        for i in tl.range(STOP_IDS, loop_unroll_factor=1):
-            score = tl.where(token == tl.load(stop_ids_row + i), float("-inf"), score)
+        for i in range(STOP_IDS):
+            banned = (token == tl.load(stop_ids_row + i)) & (score < float("inf"))  # what is unusable stays so
+            score = tl.where(banned, float("-inf"), score)
     return score * scale
 
 
 @jit
 def _larger_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit
-def _max_or_nan(x, axis: tl.constexpr):
-    """Return the maximum along an axis, NaN where there is one."""
-    return tl.reduce(x, axis, _larger_or_nan)
 
 
 @jit
@@ -352,7 +345,7 @@ def _narrow(
     scores, num_listed, lowest, upper, highest, target, step,
     WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Narrow lowest .. upper, until less than `step` floats apart, to the values that just let `_total_from` reach target.
+    """Narrow lowest .. upper, until less than `step` floats apart, to where `_total_from` comes to reach target.
 
     The total of `lowest` reaches it, those of values above `upper` do not. Where a total meets the target exactly, the
     two are one: between there and the next score, all values keep the same scores.
@@ -394,7 +387,7 @@ def _draw(
     for start in range(0, num_listed, LISTED):
         score, token = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
         kept = (score >= lowest) & (score > float("-inf"))
-        noisy = tl.where(kept, score + _gumbel_noise(seed, length, token, APPROX), float("-inf"))
+        noisy = tl.where(kept, _with_noise(score, seed, length, token, APPROX), float("-inf"))
         here = tl.max(tl.max(noisy, axis=1), axis=0)
         token_here = _lowest_token(kept & (noisy == here), token)
         better = (here > best) | ((here == best) & (token_here < best_token))
@@ -404,9 +397,7 @@ def _draw(
 
 
 @jit
-def _listed_scores(
-    scores, start, num_listed, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr
-):
+def _listed_scores(scores, start, num_listed, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr):
     """Make LISTED groups' scores, from the list's place `start` on (-inf where there is none), and their token ids.
 
     scores: a row's logits and list of groups, the vocabulary's size, and the row's rules.
@@ -435,11 +426,12 @@ def _value_of(order):
 
 
 @jit
-def _gumbel_noise(seed, length, token, APPROX: tl.constexpr):
-    """Compute `model.sampler.gumbel_noise` for a tile of one row's tokens.
+def _with_noise(score, seed, length, token, APPROX: tl.constexpr):
+    """Add `model.sampler.gumbel_noise` to a tile of one row's scores.
 
-    With APPROX by the GPU's own logarithm, which errs by 2^-22, absolutely near one and relatively elsewhere. It is good
-    to some 5e-6 for the noise if the series is used up to larger values.
+    With APPROX by the GPU's own logarithm, whose error is 2^-22: absolutely near one, relatively elsewhere. So that it
+    does not show where the result is nearly zero, the series is longer and used up to larger values. The noise is then
+    within 1e-5 of the definition's.
     """
     key = _mix64(_mix64(seed.to(tl.uint64, bitcast=True)) + length.to(tl.uint64))
     low = (key & 0xFFFFFFFF).to(tl.uint32)
@@ -448,13 +440,14 @@ def _gumbel_noise(seed, length, token, APPROX: tl.constexpr):
     v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = tl.maximum(1.0 - v, 2.9802322387695312e-08)
     if APPROX:
-        series = tl.fma(v, tl.fma(v, tl.fma(v, tl.fma(v, v * 0.2 + 0.25, 0.3333333333333333), 0.5), 1.0), 0.0)
-        exponential = tl.where(v < 0.0625, series, tl.extra.cuda.libdevice.fast_log2f(rest) * -0.6931471805599453)
-        noise = tl.extra.cuda.libdevice.fast_log2f(exponential) * -0.6931471805599453
+        LN2: tl.constexpr = 0.6931471805599453
+        slope = tl.fma(v, tl.fma(v, tl.fma(v, tl.fma(v, 0.2, 0.25), 0.3333333333333333), 0.5), 1.0)
+        exponential = tl.where(v < 0.0625, v * slope, tl.extra.cuda.libdevice.fast_log2f(rest) * -LN2)
+        noisy = tl.fma(tl.extra.cuda.libdevice.fast_log2f(exponential), -LN2, score)
     else:
         series = v + v * v * (0.5 + v * 0.3333333333333333)
-        noise = -tl.log(tl.where(v < 0.0078125, series, -tl.log(rest)))
-    return noise
+        noisy = score - tl.log(tl.where(v < 0.0078125, series, -tl.log(rest)))
+    return noisy
 
 
 @jit
