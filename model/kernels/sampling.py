@@ -437,7 +437,7 @@ def _with_noise(score, seed, length, token, APPROX: tl.constexpr):
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = (key >> 32).to(tl.uint32)
     bits = _mix32(_mix32(token.to(tl.uint32) ^ low) ^ high)
-    v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    v = tl.fma(bits.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # (bits + 0.5) / 2^32
     rest = tl.maximum(1.0 - v, 2.9802322387695312e-08)
     if APPROX:
         LN2: tl.constexpr = 0.6931471805599453

@@ -19,6 +19,7 @@ from model.kernels.attention import (
     paged_attention_triton,
     plan_attention,
 )
+from model.kernels.runtime import is_hopper
 from tests.model.kernels.comparing import ON_GPU, TOLERANCE, poisoned, relative_error
 
 
@@ -342,3 +343,23 @@ def test_attention_in_a_cuda_graph(triton_device: torch.device) -> None:
         out.fill_(torch.nan)
         graph.replay()
         check(out, batch)
+
+
+@pytest.mark.gpu
+def test_dependent_launches_give_the_same_bits(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch reads what the one before it has just written, and uses the same scratch memory."""
+    if not is_hopper(triton_device):
+        pytest.skip("dependent launches need compute capability 9")
+    batch = make_batch(DECODE_ROWS, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=triton_device)
+    plan = plan_of(batch)
+
+    def chain() -> torch.Tensor:
+        q = batch.q
+        for _ in range(16):
+            q = attend(replace(batch, q=q), plan)
+        return q
+
+    expected = chain()
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl")
+    for _ in range(20):
+        assert torch.equal(chain(), expected)
