@@ -23,7 +23,7 @@ import torch
 
 from bench.shapes import SIZES, write_config
 from model.kernels.activation import silu_and_mul
-from model.kernels.attention import paged_attention_triton, plan_attention
+from model.kernels.attention import SPLITTING, Splitting, paged_attention_triton, plan_attention
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope_kv import qk_norm_rope_store
 from model.sampler import SamplingTables, sample
@@ -138,7 +138,9 @@ def elementwise_cases(shape: Shape, block_size: int) -> Iterator[Case]:
         )
 
 
-def make_attention(shape: Shape, rows: int, queries: int, kv_len: int, block_size: int) -> Call:
+def make_attention(
+    shape: Shape, rows: int, queries: int, kv_len: int, block_size: int, splitting: Splitting = SPLITTING
+) -> Call:
     """Return a layer's launch over rows whose blocks lie in random order; the step's plan is made before."""
     heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     blocks_per_row = -(-kv_len // block_size)
@@ -156,21 +158,29 @@ def make_attention(shape: Shape, rows: int, queries: int, kv_len: int, block_siz
         head_dim=head_dim,
         dtype=DTYPE,
         max_chunk_rows=0 if queries == 1 else rows,
+        splitting=splitting,
     )
     return lambda: paged_attention_triton(q, key_cache, value_cache, tables, starts, kv_lens, head_dim**-0.5, plan)
+
+
+def decode_attention_case(
+    shape: Shape, rows: int, context: int, block_size: int, splitting: Splitting = SPLITTING
+) -> Case:
+    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    return Case(
+        kernel="decode attention",
+        workload=f"batch {rows}, context {context}",
+        make=partial(make_attention, shape, rows, 1, context, block_size, splitting),
+        num_bytes=2 * 2 * rows * (context * kv_heads + heads) * head_dim,
+        flops=4 * rows * context * heads * head_dim,
+    )
 
 
 def attention_cases(shape: Shape, block_size: int) -> Iterator[Case]:
     heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     for context in CONTEXTS:
         for rows in BATCHES:
-            yield Case(
-                kernel="decode attention",
-                workload=f"batch {rows}, context {context}",
-                make=partial(make_attention, shape, rows, 1, context, block_size),
-                num_bytes=2 * 2 * rows * (context * kv_heads + heads) * head_dim,
-                flops=4 * rows * context * heads * head_dim,
-            )
+            yield decode_attention_case(shape, rows, context, block_size)
     for rows, length in PREFILLS:
         yield Case(
             kernel="prefill attention",

@@ -6,6 +6,9 @@ flash-decoding; the one that ends last merges what they found, by their log-sum-
 
 Which program computes what stands in work lists on the device, made once per step (`plan_attention`) and read by every
 layer's launches. So a CUDA graph holds launches whose bounds are fixed and whose work follows the lengths of the step.
+
+A decode launch over little data is a chain of loads that wait for one another. So a split's record holds all that its
+program must know before it can ask for a block table and for queries, and a merge asks for many results at once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,29 +22,51 @@ from typing import Any
 
 import torch
 
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
-_DECODE_PROGRAMS = 528  # into how many programs long rows are split: four for each of a Hopper's 132 multiprocessors
-_MIN_SPLIT = 128  # keys of a split at least: a shorter one costs more to merge than it saves
+_MERGED = 8  # splits whose results a merge loads at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splitting:
+    """How far rows of one query are split."""
+
+    programs: int = 528  # into so many programs, all rows together: four for each of a Hopper's 132 multiprocessors
+    min_keys: int = 128  # of a split: a shorter one costs more to merge than it saves
+    max_whole: int = 0  # rows of up to so many keys are not split at all
+
+
+SPLITTING = Splitting()
 
 
 @dataclass(frozen=True, slots=True)
-class WorkList:
-    """Which part of which row each unit of work is; a row's units follow one another."""
+class SplitList:
+    """The splits of rows of one query: their keys, in parts of nearly equal length; a row's follow one another."""
 
-    rows: torch.Tensor  # [units] int32: the row; -1: nothing to do
-    firsts: torch.Tensor  # [rows + 1] int32: each row's first unit, and behind the last the number of units
+    records: torch.Tensor
+    """[splits, 8] int32, 32 bytes that a program reads at once: row (-1: nothing to do), its token, first key of the
+    split, key behind its last one, the row's first split, the row's number of splits, and two unused."""
+    firsts: torch.Tensor  # [rows + 1] int32: each row's first split, and behind the last the number of splits
+
+
+@dataclass(frozen=True, slots=True)
+class TileList:
+    """The tiles of rows of several queries; a row's follow one another."""
+
+    rows: torch.Tensor  # [tiles] int32: the row; -1: nothing to do
+    firsts: torch.Tensor  # [rows + 1] int32: each row's first tile, and behind the last the number of tiles
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """A step's work lists, and the scratch memory of its launches."""
 
-    splits: WorkList  # of rows of one query: their keys, in parts of nearly equal length
-    tiles: WorkList  # of other rows: their queries, in tiles; of length 0 where the step can have none
-    partial_out: torch.Tensor  # [units of `splits`, heads, head_dim] float32
-    partial_lse: torch.Tensor  # [units of `splits`, heads] float32, base 2
+    splits: SplitList
+    tiles: TileList  # of length 0 where the step can have none
+    partial_out: torch.Tensor  # [splits, heads, head_dim] float32
+    partial_lse: torch.Tensor  # [splits, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
 
 
@@ -133,15 +158,16 @@ def plan_attention(
     head_dim: int,
     dtype: torch.dtype,
     max_chunk_rows: int | None = None,
+    splitting: Splitting = SPLITTING,
 ) -> AttentionPlan:
-    """Divide a step's attention into units of work; the arguments are those of `paged_attention`. Triton only.
+    """Divide a step's attention into splits and tiles; the arguments are those of `paged_attention`. Triton only.
 
     The lists depend on the lengths alone, not on how many rows of no query stand behind them: a step gives the same
     bits with and without a CUDA graph's padding.
     """
     rows, device = kv_lens.shape[0], kv_lens.device
     max_chunk_rows = rows if max_chunk_rows is None else min(max_chunk_rows, rows)
-    target = triton.cdiv(_DECODE_PROGRAMS, num_kv_heads)
+    target = triton.cdiv(splitting.programs, num_kv_heads)
     max_splits = rows + target
     queries = _prefill_tiles(dtype)["QUERIES"]
     max_tiles = num_tokens // queries + max_chunk_rows if max_chunk_rows else 0
@@ -150,8 +176,8 @@ def plan_attention(
         return torch.empty(shape, dtype=of, device=device)
 
     plan = AttentionPlan(
-        splits=WorkList(empty(max_splits), empty(rows + 1)),
-        tiles=WorkList(empty(max_tiles), empty(rows + 1)),
+        splits=SplitList(empty(max_splits, 8), empty(rows + 1)),
+        tiles=TileList(empty(max_tiles), empty(rows + 1)),
         partial_out=empty(max_splits, num_heads, head_dim, of=torch.float32),
         partial_lse=empty(max_splits, num_heads, of=torch.float32),
         arrivals=empty(rows, num_kv_heads),
@@ -159,7 +185,7 @@ def plan_attention(
     _plan_kernel[(2 if max_tiles else 1,)](
         query_starts,
         kv_lens,
-        plan.splits.rows,
+        plan.splits.records,
         plan.splits.firsts,
         plan.tiles.rows,
         plan.tiles.firsts,
@@ -168,10 +194,11 @@ def plan_attention(
         max_splits,
         max_tiles,
         target,
+        splitting.min_keys,
+        splitting.max_whole,
         KV_HEADS=num_kv_heads,
         ROWS=max(256, triton.next_power_of_2(rows)),
         TILE=_DECODE_TILE,
-        MIN_SPLIT=_MIN_SPLIT,
         QUERIES=queries,
         num_warps=8,
     )
@@ -201,25 +228,28 @@ def paged_attention_triton(
         "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_SIZE": block_size,
     }
-    _decode_kernel[(kv_heads, plan.splits.rows.shape[0])](
+    group_block = triton.next_power_of_2(heads // kv_heads)
+    dependent = dependent_launch(q)
+    _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
         q,
         key_cache,
         value_cache,
         block_tables,
-        query_starts,
-        kv_lens,
-        plan.splits.rows,
-        plan.splits.firsts,
+        plan.splits.records,
         plan.partial_out,
         plan.partial_lse,
         plan.arrivals,
         out,
         scale / math.log(2),
         block_tables.stride(0),
-        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)),
+        GROUP_BLOCK=group_block,
+        DOT_BLOCK=max(16, group_block),
+        MERGED=_MERGED,
         TILE=_DECODE_TILE,
+        PDL=bool(dependent),
         **shape,
         **_decode_launch(q.dtype),
+        **dependent,
     )
     if plan.tiles.rows.shape[0]:
         _prefill_kernel[(heads, plan.tiles.rows.shape[0])](
@@ -241,8 +271,8 @@ def paged_attention_triton(
 
 
 def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
-    """Return warps and pipeline stages, of which the block table's load takes one."""
-    return {"num_warps": 4, "num_stages": 5 if dtype.itemsize == 2 else 2}
+    """Return warps and pipeline stages."""
+    return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
 
 
 def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
@@ -252,11 +282,11 @@ def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
     return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 
-@jit_once("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles", "target")
+@jit_once("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles", "target", "min_keys", "max_whole")
 def _plan_kernel(
     query_starts_ptr,  # [num_rows + 1] int32
     kv_lens_ptr,  # [num_rows] int32
-    split_rows_ptr,  # [max_splits] int32
+    records_ptr,  # [max_splits, 8] int32: `SplitList`
     split_firsts_ptr,  # [num_rows + 1] int32
     tile_rows_ptr,  # [max_tiles] int32
     tile_firsts_ptr,  # [num_rows + 1] int32
@@ -265,13 +295,18 @@ def _plan_kernel(
     max_splits,
     max_tiles,
     target,  # splits of a KV head, beyond one for each row
+    min_keys,
+    max_whole,
     KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """Program 0 lists the splits of rows of one query, program 1 the tiles of the others."""
+    """Program 0 lists the splits of rows of one query, program 1 the tiles of the others.
+
+    It must not take part in dependent launches: `_decode_kernel` says why.
+    """
+    WIDTH: tl.constexpr = 512  # units that are listed at a time
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
     begin = tl.load(query_starts_ptr + row, mask=is_row, other=0)
@@ -280,38 +315,235 @@ def _plan_kernel(
         single = num_queries == 1
         kv_len = tl.where(single, tl.load(kv_lens_ptr + row, mask=is_row, other=0), 0)
         split_len = tl.cdiv(tl.cdiv(tl.sum(kv_len, axis=0), target), TILE) * TILE
-        split_len = tl.maximum(split_len, MIN_SPLIT)
+        split_len = tl.maximum(split_len, min_keys)
         # A row without keys has one split too: it writes the zeros.
-        count = tl.where(single, tl.maximum(tl.cdiv(kv_len, split_len), 1), 0)
-        _list_units(count, row, is_row, split_rows_ptr, split_firsts_ptr, num_rows, max_splits, ROWS)
+        count = tl.where(kv_len <= max_whole, 1, tl.maximum(tl.cdiv(kv_len, split_len), 1))
+        num_splits = _list_firsts(tl.where(single, count, 0), row, is_row, split_firsts_ptr)
+        for first in range(0, max_splits, WIDTH):
+            split = first + tl.arange(0, WIDTH)
+            there = split < num_splits
+            own_row = _rows_of(split, split_firsts_ptr, num_rows, WIDTH)
+            first_split = tl.load(split_firsts_ptr + own_row, mask=there, other=0)
+            own_count = tl.load(split_firsts_ptr + own_row + 1, mask=there, other=1) - first_split
+            own_len = tl.load(kv_lens_ptr + own_row, mask=there, other=0)
+            part = tl.cdiv(tl.cdiv(own_len, own_count), TILE) * TILE
+            first_key = (split - first_split) * part
+            record = records_ptr + split * 8
+            listed = split < max_splits
+            tl.store(record, tl.where(there, own_row, -1), mask=listed)
+            tl.store(record + 1, tl.load(query_starts_ptr + own_row, mask=there, other=0), mask=listed)
+            tl.store(record + 2, first_key, mask=listed)
+            tl.store(record + 3, tl.minimum(first_key + part, own_len), mask=listed)
+            tl.store(record + 4, first_split, mask=listed)
+            tl.store(record + 5, own_count, mask=listed)
         for kv_head in range(KV_HEADS):
             tl.store(arrivals_ptr + row * KV_HEADS + kv_head, 0, mask=is_row)
     else:
         count = tl.where(num_queries > 1, tl.cdiv(num_queries, QUERIES), 0)
-        _list_units(count, row, is_row, tile_rows_ptr, tile_firsts_ptr, num_rows, max_tiles, ROWS)
+        num_tiles = _list_firsts(count, row, is_row, tile_firsts_ptr)
+        for first in range(0, max_tiles, WIDTH):
+            tile = first + tl.arange(0, WIDTH)
+            own_row = _rows_of(tile, tile_firsts_ptr, num_rows, WIDTH)
+            tl.store(tile_rows_ptr + tile, tl.where(tile < num_tiles, own_row, -1), mask=tile < max_tiles)
 
 
 @jit
-def _list_units(count, row, is_row, rows_ptr, firsts_ptr, num_rows, max_units, ROWS: tl.constexpr):
-    """Write a `WorkList` from how many units each row has."""
-    WIDTH: tl.constexpr = 512
+def _list_firsts(count, row, is_row, firsts_ptr):
+    """Write each row's first unit from how many units each has, for all threads to read; return how many there are."""
     ends = tl.cumsum(count, axis=0)
     tl.store(firsts_ptr + row + 1, ends, mask=is_row)
     tl.store(firsts_ptr + row, ends - count, mask=is_row & (row == 0))
     tl.debug_barrier()  # other threads of this program read the list
-    num_units = tl.sum(count, axis=0)
-    for first in range(0, max_units, WIDTH):
-        unit = first + tl.arange(0, WIDTH)
-        low = tl.zeros([WIDTH], tl.int32)  # the first row that ends behind the unit lies in low .. high
-        high = low + num_rows
-        width = num_rows
-        while width > 0:
-            middle = (low + high) // 2
-            end = tl.load(firsts_ptr + 1 + middle, mask=middle < num_rows, other=0x7FFFFFFF)
-            low = tl.where(end > unit, low, tl.minimum(middle + 1, high))
-            high = tl.where(end > unit, middle, high)
-            width = width // 2
-        tl.store(rows_ptr + unit, tl.where(unit < num_units, low, -1), mask=unit < max_units)
+    return tl.sum(count, axis=0)
+
+
+@jit
+def _rows_of(unit, firsts_ptr, num_rows, WIDTH: tl.constexpr):
+    """Return which row each unit is of, [WIDTH]: the first one that ends behind it."""
+    low = tl.zeros([WIDTH], tl.int32)  # it lies in low .. high
+    high = low + num_rows
+    width = num_rows
+    while width > 0:
+        middle = (low + high) // 2
+        end = tl.load(firsts_ptr + 1 + middle, mask=middle < num_rows, other=0x7FFFFFFF)
+        low = tl.where(end > unit, low, tl.minimum(middle + 1, high))
+        high = tl.where(end > unit, middle, high)
+        width = width // 2
+    return low
+
+
+@jit_once("tables_ptr")
+def _decode_kernel(
+    q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
+    key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
+    value_ptr,  # same
+    tables_ptr,  # [rows, table_stride] int32
+    records_ptr,  # [splits, 8] int32: `SplitList`
+    partial_out_ptr,  # [splits, KV_HEADS * GROUP, HEAD_DIM] float32, written for rows of several splits
+    partial_lse_ptr,  # [splits, KV_HEADS * GROUP] float32, base 2, likewise
+    arrivals_ptr,  # [rows, KV_HEADS] int32, zero before and after
+    out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
+    scale,  # of scores that are exponents of 2
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,  # GROUP, rounded up to a power of two
+    DOT_BLOCK: tl.constexpr,  # and to what the matrix units take
+    MERGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: the GROUP query heads of one KV head of one row, over one split of its keys.
+
+    With PDL, it reads its record and the block table before `wait`. Both were written by kernels at the step's
+    beginning that are no dependent launches and let none start early: the kernel behind them found them ended, and
+    every later kernel starts after that one. Nothing else was there then: queries and the newest keys come from the
+    kernels just before, and the partial results, the counters and `out` may still be in use.
+    """
+    begin_dependents(PDL)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    record = records_ptr + split * 8
+    row = tl.load(record).to(tl.int64)
+    token = tl.load(record + 1).to(tl.int64)
+    begin = tl.load(record + 2)
+    end = tl.load(record + 3)
+    first_split = tl.load(record + 4)
+    num_splits = tl.load(record + 5)
+    # The table before the queries: a program waits for these before it goes on, and keys are asked for by the table.
+    table_ptr = tables_ptr + row * table_stride
+    tile_row = _tile_row(table_ptr, begin, end, BLOCK_SIZE, TILE)
+    wait(PDL)
+    if row < 0:
+        return
+
+    member = tl.arange(0, DOT_BLOCK)
+    column = tl.arange(0, HEAD_BLOCK)
+    in_head = column < HEAD_DIM
+    own_head = kv_head * GROUP + member
+    own_mask = (member < GROUP)[:, None] & in_head[None, :]
+    places = (token * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
+    q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
+
+    key = tl.arange(0, TILE)
+    in_tile = key[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + column)[None, :]
+    highest = tl.full([DOT_BLOCK], float("-inf"), tl.float32)
+    totals = tl.zeros([DOT_BLOCK, TILE], tl.float32)  # summed up behind the loop: threads need not meet for it before
+    acc = tl.zeros([DOT_BLOCK, HEAD_BLOCK], tl.float32)
+    for start in range(begin, end, TILE):
+        is_key = start + key < end
+        mask = is_key[:, None] & in_head[None, :]
+        offset = tile_row * (KV_HEADS * HEAD_DIM)
+        keys = tl.load(key_ptr + offset + in_tile, mask=mask, other=0.0)
+        values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
+        tile_row = _tile_row(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        decay = tl.exp2(highest - new_highest)
+        totals = totals * decay[:, None] + weights
+        acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        highest = new_highest
+
+    total = tl.sum(totals, axis=1)
+    safe_total = tl.where(total > 0, total, 1.0)
+    result = acc * (1.0 / safe_total)[:, None]
+    if num_splits == 1:
+        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=own_mask)
+    else:
+        heads = (split * (KV_HEADS * GROUP) + own_head).to(tl.int64)
+        tl.store(partial_out_ptr + heads[:, None] * HEAD_DIM + column[None, :], result, mask=own_mask)
+        tl.store(partial_lse_ptr + heads, highest + tl.log2(safe_total), mask=member < GROUP)
+        tl.debug_barrier()  # all threads have stored before one of them tells of it
+        arrivals = arrivals_ptr + row * KV_HEADS + kv_head
+        if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - 1:
+            tl.store(arrivals, 0)
+            _merge_splits(
+                partial_out_ptr, partial_lse_ptr, out_ptr, first_split, num_splits, token, kv_head, KV_HEADS, GROUP,
+                GROUP_BLOCK, MERGED, HEAD_DIM, HEAD_BLOCK,
+            )  # fmt: skip
+
+
+@jit
+def _tile_row(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Return at which row of the cache [blocks * BLOCK_SIZE] the tile of keys from `start` on begins, int64.
+
+    Where blocks are smaller than tiles there is one for each key, [TILE, 1]: where the tile would begin if all of it
+    lay in the key's block. Nothing is read for keys from `end` on.
+    """
+    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block, since start is a multiple of TILE
+        block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
+        tile_row = block.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE
+    else:
+        key = tl.arange(0, TILE)
+        position = start + key
+        block = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end, other=0)
+        tile_row = (block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE - key)[:, None]
+    return tile_row
+
+
+@jit
+def _merge_splits(
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    first_split,
+    num_splits,
+    token,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    MERGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):
+    """Store the sum of one row's partial results, each weighted by the mass that it has seen.
+
+    MERGED of them are requested at a time: one after the other, each would wait for the memory.
+    """
+    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    # Where GROUP is no power of two, its last head comes several times.
+    own_head = kv_head * GROUP + tl.minimum(tl.arange(0, GROUP_BLOCK), GROUP - 1)
+    column = tl.arange(0, HEAD_BLOCK)
+    in_head = column < HEAD_DIM
+    places = own_head[:, None] * HEAD_DIM + column[None, :]
+    for first in range(0, num_splits, MERGED):
+        lses = ()
+        partials = ()
+        new_highest = highest
+        left = tl.full([GROUP_BLOCK], 0, tl.int32) + (num_splits - first)
+        for index in tl.static_range(MERGED):
+            there = index < left
+            heads = ((first_split + first + index) * (KV_HEADS * GROUP)).to(tl.int64)
+            # Past the L1 cache, which other multiprocessors' stores do not reach.
+            lse = tl.load(partial_lse_ptr + heads + own_head, mask=there, other=float("-inf"), cache_modifier=".cg")
+            partial = tl.load(
+                partial_out_ptr + heads * HEAD_DIM + places,
+                mask=there[:, None] & in_head[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            lses = lses + (lse,)  # type: ignore  # noqa: RUF005
+            partials = partials + (partial,)  # type: ignore  # noqa: RUF005
+        for index in tl.static_range(MERGED):
+            new_highest = tl.maximum(new_highest, lses[index])
+        decay = tl.exp2(highest - new_highest)
+        acc *= decay[:, None]
+        total *= decay
+        for index in tl.static_range(MERGED):
+            weight = tl.exp2(lses[index] - new_highest)
+            acc += partials[index] * weight[:, None]
+            total += weight
+        highest = new_highest
+    out_ptr += token * (KV_HEADS * GROUP * HEAD_DIM)
+    tl.store(out_ptr + places, (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=in_head[None, :])
 
 
 @jit
@@ -325,129 +557,6 @@ def _cache_rows(table_ptr, start, kv_len, BLOCK_SIZE: tl.constexpr, TILE: tl.con
         blocks = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < kv_len, other=0).to(tl.int64)
         cache_rows = blocks * BLOCK_SIZE + position % BLOCK_SIZE
     return cache_rows
-
-
-@jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")
-def _decode_kernel(
-    q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
-    key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
-    value_ptr,  # same
-    tables_ptr,  # [rows, table_stride] int32
-    query_starts_ptr,  # [rows + 1] int32
-    kv_lens_ptr,  # [rows] int32
-    split_rows_ptr,  # [splits] int32
-    split_firsts_ptr,  # [rows + 1] int32
-    partial_out_ptr,  # [splits, KV_HEADS * GROUP, HEAD_DIM] float32, written for rows of several splits
-    partial_lse_ptr,  # [splits, KV_HEADS * GROUP] float32, base 2, likewise
-    arrivals_ptr,  # [rows, KV_HEADS] int32, zero before and after
-    out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
-    scale,  # of scores that are exponents of 2
-    table_stride,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One program: the GROUP query heads of one KV head of one row, over one split of its keys."""
-    kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.load(split_rows_ptr + split).to(tl.int64)
-    if row < 0:
-        return
-    first_split = tl.load(split_firsts_ptr + row)
-    num_splits = tl.load(split_firsts_ptr + row + 1) - first_split
-    kv_len = tl.load(kv_lens_ptr + row)
-    split_len = tl.cdiv(tl.cdiv(kv_len, num_splits), TILE) * TILE
-    begin = (split - first_split) * split_len
-    end = tl.minimum(begin + split_len, kv_len)
-
-    member = tl.arange(0, GROUP_BLOCK)
-    column = tl.arange(0, HEAD_BLOCK)
-    in_head = column < HEAD_DIM
-    own_head = kv_head * GROUP + member
-    own_mask = (member < GROUP)[:, None] & in_head[None, :]
-    token = tl.load(query_starts_ptr + row).to(tl.int64)
-    places = (token * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
-    q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
-
-    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
-    for start in range(begin, end, TILE):
-        position = start + tl.arange(0, TILE)
-        cache_rows = _cache_rows(tables_ptr + row * table_stride, start, kv_len, BLOCK_SIZE, TILE)
-        offsets = (cache_rows * KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
-        mask = (position < end)[:, None] & in_head[None, :]
-        keys = tl.load(key_ptr + offsets, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where((position < end)[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        decay = tl.exp2(highest - new_highest)
-        total = total * decay + tl.sum(weights, axis=1)
-        values = tl.load(value_ptr + offsets, mask=mask, other=0.0)
-        acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        highest = new_highest
-
-    safe_total = tl.where(total > 0, total, 1.0)
-    result = acc / safe_total[:, None]
-    is_last = num_splits == 1
-    if num_splits > 1:
-        heads = (split * (KV_HEADS * GROUP) + own_head).to(tl.int64)
-        tl.store(partial_out_ptr + heads[:, None] * HEAD_DIM + column[None, :], result, mask=own_mask)
-        tl.store(partial_lse_ptr + heads, highest + tl.log2(safe_total), mask=member < GROUP)
-        tl.debug_barrier()  # all threads have stored before one of them tells of it
-        arrivals = arrivals_ptr + row * KV_HEADS + kv_head
-        is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - 1
-        if is_last:
-            tl.store(arrivals, 0)
-            result = _merge_splits(
-                partial_out_ptr, partial_lse_ptr, first_split, num_splits, kv_head, KV_HEADS, GROUP, GROUP_BLOCK,
-                HEAD_DIM, HEAD_BLOCK,
-            )  # fmt: skip
-    if is_last:
-        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=own_mask)
-
-
-@jit
-def _merge_splits(
-    partial_out_ptr,
-    partial_lse_ptr,
-    first_split,
-    num_splits,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-):
-    """Return [GROUP_BLOCK, HEAD_BLOCK]: the partial results of one row, each weighted by the mass that it has seen."""
-    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
-    member = tl.arange(0, GROUP_BLOCK)
-    column = tl.arange(0, HEAD_BLOCK)
-    own_mask = (member < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
-    for index in range(num_splits):
-        heads = ((first_split + index) * (KV_HEADS * GROUP) + kv_head * GROUP + member).to(tl.int64)
-        # Past the L1 cache, which other multiprocessors' stores do not reach.
-        lse = tl.load(partial_lse_ptr + heads, mask=member < GROUP, other=0.0, cache_modifier=".cg")
-        partial = tl.load(
-            partial_out_ptr + heads[:, None] * HEAD_DIM + column[None, :],
-            mask=own_mask,
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_highest = tl.maximum(highest, lse)
-        decay, weight = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
-        acc = acc * decay[:, None] + partial * weight[:, None]
-        total = total * decay + weight
-        highest = new_highest
-    return acc / total[:, None]
 
 
 @jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")

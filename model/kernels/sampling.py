@@ -4,11 +4,12 @@ Two launches whatever the batch holds. `_score_kernel` spreads every row over pr
 that a single row fills the GPU too: it reads the logits once and leaves each tile's best token. `_choose_kernel` has
 one program a row. For most rows it only picks the best of the tiles.
 
-A row that truncates needs the value from which up tokens survive. For it, the first kernel left the tempered scores and
-the maximum of every group of 32. The k-th highest group maximum bounds the k-th highest score from below, so a row with
-top-k needs to look at no groups but those that reach it. Over these groups the exact threshold is found by bisection on
-the integer image of float32, which keeps the order: on counts for top-k, on probability mass for top-p. Every sum runs
-in an order that depends on the row alone.
+A row that truncates needs the value from which up tokens survive. For it, the first kernel left the highest score of
+every group of 32 tokens, and the second one lists the groups that can matter and makes their scores once more from the
+logits: storing all scores would cost several times what reading the logits does. The k-th highest group maximum bounds
+the k-th highest score from below; what top-p and min-p keep is bounded by the highest score. Over the listed groups the
+exact threshold is found by bisection on the integer image of float32, which keeps the order: on counts for top-k, on
+probability mass for top-p. Every sum runs in an order that depends on the row alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -29,7 +30,9 @@ MIN_TEMPERATURE = 1e-5
 """Rows with a lower temperature are greedy: dividing by less would overflow."""
 
 _GROUP = 32  # scores whose maximum is kept, where a row truncates
-_LISTED_GROUPS = 128  # groups that a pass of the bisection reads at a time
+_GROUPS = 1024  # group maxima that are read at a time
+_LISTED_GROUPS = 32  # listed groups whose scores are made at a time: most rows list fewer
+_WIDE = 64  # the same for the one pass in which all groups may be listed
 _FEW_ROWS = 16
 
 
@@ -43,13 +46,12 @@ def sample_triton(
     num_tiles = triton.cdiv(vocab_size, tile_groups * _GROUP)
     num_groups = triton.cdiv(vocab_size, _GROUP)
     device = logits.device
-    scores = torch.empty((rows, vocab_size), dtype=torch.float32, device=device)
     group_max = torch.empty((rows, num_groups), dtype=torch.float32, device=device)
     groups = torch.empty((rows, num_groups), dtype=torch.int32, device=device)
     tile_best = torch.empty((rows, num_tiles), dtype=torch.float32, device=device)
     tile_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=device)
     tokens = torch.empty(rows, dtype=torch.int32, device=device)
-    _score_kernel[(num_tiles, rows)](
+    inputs = (
         logits,
         slots,
         lengths,
@@ -64,27 +66,26 @@ def sample_triton(
         tables.stop_ids,
         tables.min_length,
         tables.counts,
-        scores,
+    )
+    settings = {
+        "MIN_TEMPERATURE": MIN_TEMPERATURE,
+        "GROUP": _GROUP,
+        "STOP_IDS": tables.stop_ids.shape[1],
+        "APPROX": logits.is_cuda,
+        "enable_fp_fusion": False,  # round as torch does
+    }
+    _score_kernel[(num_tiles, rows)](
+        *inputs,
         group_max,
         tile_best,
         tile_token,
         vocab_size,
-        tables.stop_ids.shape[1],
-        MIN_TEMPERATURE=MIN_TEMPERATURE,
         TILE_GROUPS=tile_groups,
-        GROUP=_GROUP,
         num_warps=4 if rows <= _FEW_ROWS else 8,
-        enable_fp_fusion=False,  # round as torch does
+        **settings,
     )
     _choose_kernel[(rows,)](
-        slots,
-        lengths,
-        tables.temperature,
-        tables.top_k,
-        tables.top_p,
-        tables.min_p,
-        tables.seed,
-        scores,
+        *inputs,
         group_max,
         groups,
         tile_best,
@@ -93,13 +94,13 @@ def sample_triton(
         vocab_size,
         num_groups,
         num_tiles,
-        MIN_TEMPERATURE=MIN_TEMPERATURE,
         TILES=triton.next_power_of_2(num_tiles),
-        GROUPS=triton.next_power_of_2(num_groups),
+        GROUPS=_GROUPS,
         LISTED=_LISTED_GROUPS,
-        GROUP=_GROUP,
+        WIDE=_WIDE,
         num_warps=8,
-        enable_fp_fusion=False,
+        maxnreg=128,  # two programs a multiprocessor; left alone, the compiler aims at more and spills
+        **settings,
     )
     return tokens
 
@@ -117,73 +118,71 @@ def _score_kernel(
     frequency_ptr,
     repetition_ptr,
     seed_ptr,
-    stop_ids_ptr,  # [slots, max_stop_ids] int32
+    stop_ids_ptr,  # [slots, STOP_IDS] int32
     min_length_ptr,
     counts_ptr,  # [slots, vocab_size] int32
-    scores_ptr,  # [rows, vocab_size] float32, written for rows that truncate: tempered scores
-    group_max_ptr,  # [rows, ceil(vocab_size / GROUP)] float32, likewise
+    group_max_ptr,  # [rows, ceil(vocab_size / GROUP)] float32, written for rows that truncate: highest tempered scores
     tile_best_ptr,  # [rows, tiles] float32: the tile's highest score, with noise unless the row is greedy or truncates
-    tile_token_ptr,  # [rows, tiles] int32: its token; -1 where a logit of the tile is NaN or +inf
+    tile_token_ptr,  # [rows, tiles] int32: its token; -1 where a score of the tile is NaN or +inf
     vocab_size,
-    max_stop_ids,
     MIN_TEMPERATURE: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    STOP_IDS: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    length = tl.load(lengths_ptr + row)
     group = tile * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = token < vocab_size
-    score = tl.load(logits_ptr + row * vocab_size + token, mask=mask, other=float("-inf")).to(tl.float32)
-    unusable = tl.sum(tl.sum((score < float("inf")).to(tl.int32), axis=1), axis=0) < TILE_GROUPS * GROUP
-
-    presence = tl.load(presence_ptr + slot)
-    frequency = tl.load(frequency_ptr + slot)
-    repetition = tl.load(repetition_ptr + slot)
-    if (presence != 0.0) | (frequency != 0.0) | (repetition != 1.0):
-        count = tl.load(counts_ptr + slot * vocab_size + token, mask=mask, other=0)
-        in_output = count >> 1
-        divisor = tl.zeros_like(score) + repetition
-        repeated = tl.where(score > 0.0, tl.div_rn(score, divisor), score * repetition)
-        score = tl.where(count > 0, repeated, score)
-        score = score - frequency * in_output.to(tl.float32) - tl.where(in_output > 0, presence, 0.0)
-    if length < tl.load(min_length_ptr + slot):
-        for i in range(max_stop_ids):
-            stop_id = tl.load(stop_ids_ptr + slot * max_stop_ids + i)
-            score = tl.where(token == stop_id, float("-inf"), score)
-
+    # Asked for before anything else: all the rest depends on what lies in the slot.
+    logit = tl.load(logits_ptr + row * vocab_size + token, mask=mask, other=float("-inf"))
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    length = tl.load(lengths_ptr + row)
     temperature = tl.load(temperature_ptr + slot)
-    if temperature >= MIN_TEMPERATURE:
-        score = tl.div_rn(score, tl.zeros_like(score) + temperature)
-        top_k = tl.load(top_k_ptr + slot)
-        if _truncates(top_k, tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot), vocab_size):
-            tl.store(scores_ptr + row * vocab_size + token, score, mask=mask)
-            num_groups = tl.cdiv(vocab_size, GROUP)
-            tl.store(group_max_ptr + row * num_groups + group, tl.max(score, axis=1), mask=group < num_groups)
-        else:
-            score += _gumbel_noise(tl.load(seed_ptr + slot), length, token)
+    top_k = tl.load(top_k_ptr + slot)
+    top_p = tl.load(top_p_ptr + slot)
+    min_p = tl.load(min_p_ptr + slot)
+    rules = _rules_of(
+        slot, length, temperature, presence_ptr, frequency_ptr, repetition_ptr, stop_ids_ptr, min_length_ptr,
+        counts_ptr, vocab_size, MIN_TEMPERATURE, STOP_IDS,
+    )  # fmt: skip
 
-    best = tl.max(tl.max(score, axis=1), axis=0)
-    best_token = _lowest_token(mask & (score == best), token)
+    score = _score(logit.to(tl.float32), token, mask, rules, STOP_IDS)
+    draws = temperature >= MIN_TEMPERATURE
+    truncates = draws & _truncates(top_k, top_p, min_p, vocab_size)
+    if draws & (truncates == 0):
+        score = _with_noise(score, tl.load(seed_ptr + slot), length, token, APPROX)
+    group_max = tl.reduce(score, 1, _larger_or_nan)
+    if truncates:
+        num_groups = tl.cdiv(vocab_size, GROUP)
+        tl.store(group_max_ptr + row * num_groups + group, group_max, mask=group < num_groups)
+    best = tl.reduce(group_max, 0, _larger_or_nan)
+    # Where no token is better than those behind the vocabulary's end, they are not the lowest.
+    best_token = _lowest_token(score == best, token)
     place = row * tl.num_programs(0) + tile
     tl.store(tile_best_ptr + place, best)
-    tl.store(tile_token_ptr + place, tl.where(unusable, -1, best_token))
+    tl.store(tile_token_ptr + place, tl.where(best < float("inf"), best_token, -1))
 
 
 @jit
 def _choose_kernel(
+    logits_ptr,  # [rows, vocab_size]
     slots_ptr,  # [rows] int32
     lengths_ptr,  # [rows] int32
-    temperature_ptr,  # [slots] float32, as all of SamplingTables down to seed
+    temperature_ptr,  # [slots] float32, as all of SamplingTables down to counts
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    presence_ptr,
+    frequency_ptr,
+    repetition_ptr,
     seed_ptr,
-    scores_ptr,  # [rows, vocab_size] float32, only of rows that truncate
-    group_max_ptr,  # [rows, num_groups] float32, likewise
+    stop_ids_ptr,  # [slots, STOP_IDS] int32
+    min_length_ptr,
+    counts_ptr,  # [slots, vocab_size] int32
+    group_max_ptr,  # [rows, num_groups] float32, only of rows that truncate
     groups_ptr,  # [rows, num_groups] int32, scratch: the groups that can hold a survivor
     tile_best_ptr,  # [rows, num_tiles] float32
     tile_token_ptr,  # [rows, num_tiles] int32
@@ -195,7 +194,10 @@ def _choose_kernel(
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
     LISTED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    STOP_IDS: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
@@ -208,49 +210,44 @@ def _choose_kernel(
     chosen = tl.min(tl.where(is_best, tile_token, 0x7FFFFFFF), axis=0)
 
     slot = tl.load(slots_ptr + row).to(tl.int64)
+    length = tl.load(lengths_ptr + row)
     temperature = tl.load(temperature_ptr + slot)
     top_k = tl.load(top_k_ptr + slot)
     top_p = tl.load(top_p_ptr + slot)
     min_p = tl.load(min_p_ptr + slot)
     draws = (temperature >= MIN_TEMPERATURE) & _truncates(top_k, top_p, min_p, vocab_size)
     if draws & (unusable == 0) & (highest > float("-inf")):
-        scores_row = scores_ptr + row * vocab_size
+        rules = _rules_of(
+            slot, length, temperature, presence_ptr, frequency_ptr, repetition_ptr, stop_ids_ptr, min_length_ptr,
+            counts_ptr, vocab_size, MIN_TEMPERATURE, STOP_IDS,
+        )  # fmt: skip
+        group_max_row = group_max_ptr + row * num_groups
         groups_row = groups_ptr + row * num_groups
+        scores = (logits_ptr + row * vocab_size, groups_row, vocab_size, rules)
         has_top_k = (top_k > 0) & (top_k < vocab_size)
-        lowest, num_listed = _list_groups(
-            group_max_ptr + row * num_groups, groups_row, num_groups, has_top_k, top_k, highest, GROUPS
-        )
+        lowest = tl.full([], float("-inf"), tl.float32)
         if has_top_k:
-            lowest = _threshold(
-                scores_row,
-                groups_row,
-                num_listed,
-                vocab_size,
-                lowest,
-                highest,
-                top_k.to(tl.float32),
-                False,
-                LISTED,
-                GROUP,
-            )
+            lowest = _kth_group_max(group_max_row, num_groups, top_k, highest, GROUPS)
+        elif min_p > 0.0 and top_p >= 1.0:
+            lowest = highest + tl.log(min_p)
+        num_listed = _list_groups(group_max_row, groups_row, num_groups, lowest, GROUPS)
+        if has_top_k:
+            target = top_k.to(tl.float32)
+            lowest, _ = _narrow(scores, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS)
         if top_p < 1.0:
-            mass = _total_from(scores_row, groups_row, num_listed, vocab_size, lowest, highest, True, LISTED, GROUP)
-            lowest = _threshold(
-                scores_row, groups_row, num_listed, vocab_size, lowest, highest, top_p * mass, True, LISTED, GROUP
-            )
+            mass = _total_from(scores, num_listed, lowest, highest, True, WIDE, GROUP, STOP_IDS)
+            # All tokens with less than this score together have less than the mass that top-p cuts off.
+            lowest = tl.maximum(lowest, highest + tl.log((1.0 - top_p) * mass / vocab_size))
+            upper = highest
+            for finer in range(2):  # few steps until fewer groups need to be looked at, then the others
+                num_listed = _list_groups(group_max_row, groups_row, num_groups, lowest, GROUPS)
+                step = tl.where(finer == 1, 1, 1 << 20)
+                lowest, upper = _narrow(
+                    scores, num_listed, lowest, upper, highest, top_p * mass, step, True, LISTED, GROUP, STOP_IDS
+                )
         if min_p > 0.0:
             lowest = tl.maximum(lowest, highest + tl.log(min_p))
-        chosen = _draw(
-            scores_row,
-            groups_row,
-            num_listed,
-            vocab_size,
-            lowest,
-            tl.load(seed_ptr + slot),
-            tl.load(lengths_ptr + row),
-            LISTED,
-            GROUP,
-        )
+        chosen = _draw(scores, num_listed, lowest, tl.load(seed_ptr + slot), length, APPROX, LISTED, GROUP, STOP_IDS)
     tl.store(tokens_ptr + row, tl.where(unusable, -1, chosen))
 
 
@@ -260,81 +257,118 @@ def _truncates(top_k, top_p, min_p, vocab_size):
 
 
 @jit
+def _rules_of(
+    slot, length, temperature, presence_ptr, frequency_ptr, repetition_ptr, stop_ids_ptr, min_length_ptr, counts_ptr,
+    vocab_size, MIN_TEMPERATURE: tl.constexpr, STOP_IDS: tl.constexpr,
+):  # fmt: skip
+    """Return what `_score` must know of a slot."""
+    presence = tl.load(presence_ptr + slot)
+    frequency = tl.load(frequency_ptr + slot)
+    repetition = tl.load(repetition_ptr + slot)
+    penalizes = (presence != 0.0) | (frequency != 0.0) | (repetition != 1.0)
+    bans = length < tl.load(min_length_ptr + slot)
+    scale = tl.div_rn(1.0, tl.where(temperature >= MIN_TEMPERATURE, temperature, 1.0))
+    counts_row = counts_ptr + slot * vocab_size
+    inverse_repetition = tl.div_rn(1.0, repetition)
+    stop_ids_row = stop_ids_ptr + slot * STOP_IDS
+    return penalizes, presence, frequency, repetition, inverse_repetition, counts_row, bans, stop_ids_row, scale
+
+
+@jit
+def _score(logit, token, mask, rules, STOP_IDS: tl.constexpr):
+    """Return the tempered scores of some tokens from their logits: the same bits in both kernels."""
+    penalizes, presence, frequency, repetition, inverse_repetition, counts_row, bans, stop_ids_row, scale = rules
+    score = logit
+    if penalizes:
+        count = tl.load(counts_row + token, mask=mask, other=0)
+        in_output = count >> 1
+        factor = tl.where(score > 0.0, inverse_repetition, repetition)
+        score = tl.where(count > 0, score * factor, score)
+        score = score - frequency * in_output.to(tl.float32) - tl.where(in_output > 0, presence, 0.0)
+    if bans:
+        for i in range(STOP_IDS):
+            banned = (token == tl.load(stop_ids_row + i)) & (score < float("inf"))  # what is unusable stays so
+            score = tl.where(banned, float("-inf"), score)
+    return score * scale
+
+
+@jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def _lowest_token(is_best, token):
     """Return the lowest token id among the best of a two-dimensional tile."""
     return tl.min(tl.min(tl.where(is_best, token, 0x7FFFFFFF), axis=1), axis=0)
 
 
 @jit
-def _list_groups(group_max_ptr, groups_ptr, num_groups, has_top_k, top_k, highest, GROUPS: tl.constexpr):
-    """List the groups that can hold one of the row's top_k highest scores; all groups without top-k.
+def _kth_group_max(group_max_ptr, num_groups, k, highest, GROUPS: tl.constexpr):
+    """Return a value that the maxima of k groups reach, and so k scores; or -inf where there are fewer groups.
 
-    Returns a lower bound of the top_k-th highest score, and how many groups are listed, in ascending order.
+    It lies less than a hundredth below the highest such value: what it is for is listing few groups.
     """
     group = tl.arange(0, GROUPS)
-    group_max = tl.load(group_max_ptr + group, mask=group < num_groups, other=float("-inf"))
     low = _order_of(tl.full([], float("-inf"), tl.float32))
-    if has_top_k:
-        high = _order_of(highest)
-        while low < high:
-            middle = low + ((high - low + 1) >> 1)
-            reached = tl.sum((group_max >= _value_of(middle)).to(tl.int32), axis=0)
-            enough = reached >= top_k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle - 1)
-    bound = _value_of(low)
-    listed = (group < num_groups) & (group_max >= bound)
-    place = tl.cumsum(listed.to(tl.int32), axis=0) - 1
-    tl.store(groups_ptr + place, group, mask=listed)
-    tl.debug_barrier()  # other threads of this program read the list
-    return bound, tl.sum(listed.to(tl.int32), axis=0)
-
-
-@jit
-def _threshold(
-    scores_ptr,
-    groups_ptr,
-    num_listed,
-    vocab_size,
-    lowest,
-    highest,
-    target,
-    WEIGHTED: tl.constexpr,
-    LISTED: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Return a value that no fewer scores reach than it takes for `_total_from` to reach target; `lowest` reaches it.
-
-    Ends early where a total meets the target: between there and the next score, all values keep the same scores.
-    """
-    low = _order_of(lowest)
     high = _order_of(highest)
-    while low < high:
+    while high - low >= 1 << 16:
         middle = low + ((high - low + 1) >> 1)
-        total = _total_from(
-            scores_ptr, groups_ptr, num_listed, vocab_size, _value_of(middle), highest, WEIGHTED, LISTED, GROUP
-        )
-        low = tl.where(total >= target, middle, low)
-        high = tl.where(total > target, high, tl.where(total == target, middle, middle - 1))
+        reached = tl.zeros([GROUPS], tl.int32)
+        for first in range(0, num_groups, GROUPS):
+            is_group = first + group < num_groups
+            group_max = tl.load(group_max_ptr + first + group, mask=is_group, other=float("-inf"))
+            reached += (is_group & (group_max >= _value_of(middle))).to(tl.int32)
+        enough = tl.sum(reached, axis=0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
     return _value_of(low)
 
 
 @jit
+def _list_groups(group_max_ptr, groups_ptr, num_groups, lowest, GROUPS: tl.constexpr):
+    """List the groups that hold a score from `lowest` up, in ascending order; return how many."""
+    tl.debug_barrier()  # other threads of this program may still read an earlier list
+    num_listed = tl.full([], 0, tl.int32)
+    for first in range(0, num_groups, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        is_group = group < num_groups
+        listed = (is_group & (tl.load(group_max_ptr + group, mask=is_group, other=0.0) >= lowest)).to(tl.int32)
+        tl.store(groups_ptr + num_listed + tl.cumsum(listed, axis=0) - 1, group, mask=listed > 0)
+        num_listed += tl.sum(listed, axis=0)
+    tl.debug_barrier()  # and will read this one
+    return num_listed
+
+
+@jit
+def _narrow(
+    scores, num_listed, lowest, upper, highest, target, step,
+    WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+):  # fmt: skip
+    """Narrow lowest .. upper, until less than `step` floats apart, to where `_total_from` comes to reach target.
+
+    The total of `lowest` reaches it, those of values above `upper` do not. Where a total meets the target exactly, the
+    two are one: between there and the next score, all values keep the same scores.
+    """
+    low = _order_of(lowest)
+    high = _order_of(upper)
+    while high - low >= step:
+        middle = low + ((high - low + 1) >> 1)
+        total = _total_from(scores, num_listed, _value_of(middle), highest, WEIGHTED, LISTED, GROUP, STOP_IDS)
+        low = tl.where(total >= target, middle, low)
+        high = tl.where(total > target, high, tl.where(total == target, middle, middle - 1))
+    return _value_of(low), _value_of(high)
+
+
+@jit
 def _total_from(
-    scores_ptr,
-    groups_ptr,
-    num_listed,
-    vocab_size,
-    lowest,
-    highest,
-    WEIGHTED: tl.constexpr,
-    LISTED: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    scores, num_listed, lowest, highest,
+    WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+):  # fmt: skip
     """Return how many listed scores reach `lowest`, or with WEIGHTED the sum of exp(score - highest) over them."""
     total = tl.zeros([LISTED, GROUP], tl.float32)
     for start in range(0, num_listed, LISTED):
-        score, _, _ = _listed_scores(scores_ptr, groups_ptr, start, num_listed, vocab_size, LISTED, GROUP)
+        score, _ = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
         if WEIGHTED:
             total += tl.where(score >= lowest, tl.exp(score - highest), 0.0)
         else:
@@ -344,16 +378,18 @@ def _total_from(
 
 @jit
 def _draw(
-    scores_ptr, groups_ptr, num_listed, vocab_size, lowest, seed, length, LISTED: tl.constexpr, GROUP: tl.constexpr
-):
+    scores, num_listed, lowest, seed, length,
+    APPROX: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+):  # fmt: skip
     """Return the token with the highest score plus noise among the listed ones that reach `lowest`."""
     best = tl.full([], float("-inf"), tl.float32)
     best_token = tl.full([], 0x7FFFFFFF, tl.int32)
     for start in range(0, num_listed, LISTED):
-        score, token, valid = _listed_scores(scores_ptr, groups_ptr, start, num_listed, vocab_size, LISTED, GROUP)
-        noisy = tl.where(score >= lowest, score + _gumbel_noise(seed, length, token), float("-inf"))
+        score, token = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
+        kept = (score >= lowest) & (score > float("-inf"))
+        noisy = tl.where(kept, _with_noise(score, seed, length, token, APPROX), float("-inf"))
         here = tl.max(tl.max(noisy, axis=1), axis=0)
-        token_here = _lowest_token(valid & (noisy == here), token)
+        token_here = _lowest_token(kept & (noisy == here), token)
         better = (here > best) | ((here == best) & (token_here < best_token))
         best = tl.where(better, here, best)
         best_token = tl.where(better, token_here, best_token)
@@ -361,13 +397,18 @@ def _draw(
 
 
 @jit
-def _listed_scores(scores_ptr, groups_ptr, start, num_listed, vocab_size, LISTED: tl.constexpr, GROUP: tl.constexpr):
-    """Load LISTED groups of the list from `start` on: scores (-inf where there is none), token ids, which are there."""
+def _listed_scores(scores, start, num_listed, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr):
+    """Make LISTED groups' scores, from the list's place `start` on (-inf where there is none), and their token ids.
+
+    scores: a row's logits and list of groups, the vocabulary's size, and the row's rules.
+    """
+    logits_row, groups_row, vocab_size, rules = scores
     place = start + tl.arange(0, LISTED)
-    group = tl.load(groups_ptr + place, mask=place < num_listed, other=0)
+    group = tl.load(groups_row + place, mask=place < num_listed, other=0)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     valid = (place < num_listed)[:, None] & (token < vocab_size)
-    return tl.load(scores_ptr + token, mask=valid, other=float("-inf")), token, valid
+    logit = tl.load(logits_row + token, mask=valid, other=float("-inf")).to(tl.float32)
+    return _score(logit, token, valid, rules, STOP_IDS), token
 
 
 @jit
@@ -385,16 +426,28 @@ def _value_of(order):
 
 
 @jit
-def _gumbel_noise(seed, length, token):
-    """Compute `model.sampler.gumbel_noise` for a tile of one row's tokens."""
+def _with_noise(score, seed, length, token, APPROX: tl.constexpr):
+    """Add `model.sampler.gumbel_noise` to a tile of one row's scores.
+
+    With APPROX by the GPU's own logarithm, whose error is 2^-22: absolutely near one, relatively elsewhere. So that it
+    does not show where the result is nearly zero, the series is longer and used up to larger values. The noise is then
+    within 1e-5 of the definition's.
+    """
     key = _mix64(_mix64(seed.to(tl.uint64, bitcast=True)) + length.to(tl.uint64))
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = (key >> 32).to(tl.uint32)
     bits = _mix32(_mix32(token.to(tl.uint32) ^ low) ^ high)
-    v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    series = v + v * v * (0.5 + v * 0.3333333333333333)
-    exponential = tl.where(v < 0.0078125, series, -tl.log(tl.maximum(1.0 - v, 2.9802322387695312e-08)))
-    return -tl.log(exponential)
+    v = tl.fma(bits.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # (bits + 0.5) / 2^32
+    rest = tl.maximum(1.0 - v, 2.9802322387695312e-08)
+    if APPROX:
+        LN2: tl.constexpr = 0.6931471805599453
+        slope = tl.fma(v, tl.fma(v, tl.fma(v, tl.fma(v, 0.2, 0.25), 0.3333333333333333), 0.5), 1.0)
+        exponential = tl.where(v < 0.0625, v * slope, tl.extra.cuda.libdevice.fast_log2f(rest) * -LN2)
+        noisy = tl.fma(tl.extra.cuda.libdevice.fast_log2f(exponential), -LN2, score)
+    else:
+        series = v + v * v * (0.5 + v * 0.3333333333333333)
+        noisy = score - tl.log(tl.where(v < 0.0078125, series, -tl.log(rest)))
+    return noisy
 
 
 @jit

@@ -10,14 +10,16 @@ import torch
 from model.attention.triton_backend import TritonAttention
 from model.errors import ModelError
 from model.inputs import StepInputs
-from model.kernels import attention
 from model.kernels.attention import (
+    SPLITTING,
     AttentionPlan,
+    Splitting,
     paged_attention,
     paged_attention_torch,
     paged_attention_triton,
     plan_attention,
 )
+from model.kernels.runtime import is_hopper
 from tests.model.kernels.comparing import ON_GPU, TOLERANCE, poisoned, relative_error
 
 
@@ -99,7 +101,12 @@ def make_batch(
     )
 
 
-def plan_of(batch: Batch, num_tokens: int | None = None, max_chunk_rows: int | None = None) -> AttentionPlan:
+def plan_of(
+    batch: Batch,
+    num_tokens: int | None = None,
+    max_chunk_rows: int | None = None,
+    splitting: Splitting = SPLITTING,
+) -> AttentionPlan:
     return plan_attention(
         batch.query_starts,
         batch.kv_lens,
@@ -109,6 +116,7 @@ def plan_of(batch: Batch, num_tokens: int | None = None, max_chunk_rows: int | N
         head_dim=batch.q.shape[2],
         dtype=batch.q.dtype,
         max_chunk_rows=max_chunk_rows,
+        splitting=splitting,
     )
 
 
@@ -178,28 +186,56 @@ def test_attention(
     check(implementation(batch), batch)
 
 
-@pytest.mark.parametrize("target", [1, 8, 1000])
-def test_decode_does_not_depend_on_how_keys_are_split(
-    triton_device: torch.device, target: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("programs", [1, 8, 1000])
+def test_decode_does_not_depend_on_how_keys_are_split(triton_device: torch.device, programs: int) -> None:
     batch = make_batch(DECODE_ROWS, device=triton_device)
-    monkeypatch.setattr(attention, "_DECODE_PROGRAMS", target)
-    monkeypatch.setattr(attention, "_MIN_SPLIT", 64)
-    plan = plan_of(batch)
-    assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (target > 1)
-    for _ in range(2):  # the second launch finds the counters as the first one did
-        check(attend(batch, plan), batch)
-    assert not plan.arrivals.any()
+    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64))
+    assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (programs > 1)
+    first = attend(batch, plan)
+    check(first, batch)
+    assert not plan.arrivals.any()  # the second launch finds the counters as the first one did
+    assert torch.equal(attend(batch, plan), first)
 
 
-def test_plan_lists_every_unit_once(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_DECODE_PROGRAMS", 6)
-    monkeypatch.setattr(attention, "_MIN_SPLIT", 64)
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 8, 9, 19])
+@pytest.mark.parametrize("shape", [(2, 2, 64, 64), (6, 2, 48, 16)])
+def test_merging_takes_any_number_of_splits(
+    triton_device: torch.device, shape: tuple[int, int, int, int], num_splits: int
+) -> None:
+    """More than a merge loads at a time, too; and a last split of a single key."""
+    heads, kv_heads, head_dim, block_size = shape
+    rows = [(1, 64 * (num_splits - 1) + 1), (1, 0)]
+    batch = make_batch(
+        rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, device=triton_device
+    )
+    plan = plan_of(batch, splitting=Splitting(programs=40, min_keys=64))
+    assert plan.splits.firsts.tolist() == [0, num_splits, num_splits + 1]
+    check(attend(batch, plan), batch)
+
+
+def test_short_rows_can_stay_whole(triton_device: torch.device) -> None:
+    batch = make_batch([(1, 192), (1, 193), (1, 0), (1, 20)], device=triton_device)
+    plan = plan_of(batch, splitting=Splitting(programs=20, min_keys=64, max_whole=192))
+    assert plan.splits.firsts.tolist() == [0, 1, 5, 6, 7]
+    check(attend(batch, plan), batch)
+
+
+def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
     rows = [(1, 130), (1, 0), (17, 20), (0, 0), (1, 300), (33, 33), (2, 0), (1, 64), (0, 0)]
-    plan = plan_of(make_batch(rows, device=triton_device))
+    plan = plan_of(make_batch(rows, device=triton_device), splitting=Splitting(programs=6, min_keys=64))
     # 494 keys in 3 parts a KV head, in whole tiles: 192 keys a split.
     assert plan.splits.firsts.tolist() == [0, 1, 2, 2, 2, 4, 4, 4, 5, 5]
-    assert plan.splits.rows.tolist() == [0, 1, 4, 4, 7, *[-1] * 7]
+    assert plan.splits.records[:5, :6].tolist() == [
+        # row, token, first key, end, the row's first split, its number of splits
+        [0, 0, 0, 130, 0, 1],
+        [1, 1, 0, 0, 1, 1],
+        [4, 19, 0, 192, 2, 2],
+        [4, 19, 192, 300, 2, 2],
+        [7, 55, 0, 64, 4, 1],
+    ]
+    assert len(plan.splits.records) == 12
+    assert (plan.splits.records[5:, 0] == -1).all()
+    assert (plan.splits.records[5:, 2] >= plan.splits.records[5:, 3]).all()  # no keys, and so nothing is read
     assert plan.tiles.firsts.tolist() == [0, 0, 0, 2, 2, 2, 5, 6, 6, 6]
     assert plan.tiles.rows[:6].tolist() == [2, 2, 5, 5, 5, 6]
     assert (plan.tiles.rows[6:] == -1).all()
@@ -210,8 +246,9 @@ def test_many_rows(triton_device: torch.device) -> None:
     lens = torch.randint(1, 40, (700,)).tolist()
     batch = make_batch([(1, kv_len) for kv_len in lens], heads=2, kv_heads=1, head_dim=16, device=triton_device)
     plan = plan_of(batch)
-    assert plan.splits.rows[:700].tolist() == list(range(700))
-    assert (plan.splits.rows[700:] == -1).all()
+    records = plan.splits.records.tolist()
+    assert [record[:6] for record in records[:700]] == [[row, row, 0, lens[row], row, 1] for row in range(700)]
+    assert all(record[0] == -1 for record in records[700:])
     if ON_GPU:  # 700 programs take the interpreter too long
         check(attend(batch, plan), batch)
 
@@ -306,3 +343,23 @@ def test_attention_in_a_cuda_graph(triton_device: torch.device) -> None:
         out.fill_(torch.nan)
         graph.replay()
         check(out, batch)
+
+
+@pytest.mark.gpu
+def test_dependent_launches_give_the_same_bits(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch reads what the one before it has just written, and uses the same scratch memory."""
+    if not is_hopper(triton_device):
+        pytest.skip("dependent launches need compute capability 9")
+    batch = make_batch(DECODE_ROWS, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=triton_device)
+    plan = plan_of(batch)
+
+    def chain() -> torch.Tensor:
+        q = batch.q
+        for _ in range(16):
+            q = attend(replace(batch, q=q), plan)
+        return q
+
+    expected = chain()
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl")
+    for _ in range(20):
+        assert torch.equal(chain(), expected)

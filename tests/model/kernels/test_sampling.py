@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from model.kernels import sampling
 from model.kernels.sampling import sample_triton
 from model.sampler import SamplingTables, sample_torch
 from tests.model.kernels.comparing import ON_GPU
@@ -55,6 +56,44 @@ def test_draws_the_reference_tokens(triton_device: torch.device, dtype: torch.dt
     assert 5 not in tokens[slots == 10].tolist()
 
 
+@pytest.mark.parametrize(
+    ("spread", "dtype"), [(0.1, torch.float32), (3.0, torch.bfloat16), (3.0, torch.float32), (30.0, torch.bfloat16)]
+)
+def test_truncation_keeps_what_the_reference_keeps(
+    triton_device: torch.device, spread: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From flat to peaked, where all groups must be looked at and where few; with and without bounds of each kind."""
+    if not ON_GPU:  # so that there are several passes in a vocabulary for the interpreter
+        for name in ("_GROUPS", "_LISTED_GROUPS", "_WIDE"):
+            monkeypatch.setattr(sampling, name, 16)
+    wanted = [
+        {"top_p": 0.5},
+        {"top_p": 0.95},
+        {"top_p": 1 - 2**-24},
+        {"top_p": 0.0},
+        {"min_p": 0.02},
+        {"min_p": 1.0},
+        {"top_p": 0.9, "min_p": 0.3},
+        {"top_k": 40},
+        {"top_k": 40, "top_p": 0.7},
+        {"top_k": VOCAB - 1, "top_p": 0.9, "min_p": 1e-4},
+        {"top_p": 0.9, "repetition": 1.3, "presence": 0.5},
+        {"top_k": 40, "top_p": 0.9, "min_length": 100, "stop_ids": 7},
+    ]
+    tables = SamplingTables.allocate(len(wanted), VOCAB, 3, triton_device)
+    tables.temperature.fill_(0.7)
+    tables.counts.copy_(torch.randint(0, 4, tables.counts.shape))
+    for slot, parameters in enumerate(wanted):
+        for name, value in parameters.items():
+            getattr(tables, name)[slot] = value
+    rows = len(wanted) * (8 if ON_GPU else 1)
+    slots = torch.arange(rows, device=triton_device) % len(wanted)
+    lengths = torch.arange(rows, dtype=torch.int32, device=triton_device)
+    logits = (spread * torch.randn(rows, VOCAB)).to(dtype).to(triton_device)
+    tokens = sample_triton(logits, slots, lengths, tables).tolist()
+    assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_unusable_logits_give_minus_one(triton_device: torch.device, bad: float) -> None:
     tables = mixed_tables(triton_device)
@@ -66,6 +105,26 @@ def test_unusable_logits_give_minus_one(triton_device: torch.device, bad: float)
     tokens = sample_triton(logits, slots, lengths, tables)
     assert tokens[:3].tolist() == [-1, -1, -1]
     assert tokens[3] == sample_torch(logits, slots, lengths, tables)[3] >= 0
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in Triton's interpreter
+def test_unusable_scores_give_minus_one(triton_device: torch.device) -> None:
+    """Of a stop id that may not come, too; and where float32 does not hold what the temperature makes of a logit."""
+    tables = mixed_tables(triton_device)
+    tables.stop_ids[0], tables.min_length[0] = 3, 100
+    tables.temperature[1] = 0.01
+    tables.temperature[2] = 0.01
+    slots = torch.tensor([0, 1, 2, 3, 10], device=triton_device)
+    lengths = torch.full((5,), 7, dtype=torch.int32, device=triton_device)
+    logits = make_logits(5, torch.float32, triton_device)
+    logits[0, 3] = math.nan
+    logits[1:3, 70] = 1e37
+    logits[4, 5] = math.inf
+    tokens = sample_triton(logits, slots, lengths, tables).tolist()
+    assert tokens[:3] == [-1, -1, -1]
+    assert tokens[3] >= 0
+    assert tokens[4] == -1
+    assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
 
 
 def test_rows_of_nothing_but_minus_infinity(triton_device: torch.device) -> None:
