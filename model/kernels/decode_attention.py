@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 import torch
 
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, jit_once, tl, triton
 
 _MULTIPROCESSORS = 132  # of a Hopper
 _PROGRAMS_EACH = 2
 _LEAST_TILES = 2  # of a part: a shorter one costs more to merge than it saves
-_STAGES = 4
+_STAGES = 5  # of which the record and the keys take two each
 _RECORD = 8  # int32 words
 
 
@@ -106,6 +107,7 @@ def decode_attention(
     _, block_size, kv_heads, _ = key_cache.shape
     assert all(x.is_contiguous() for x in (q, out, key_cache, value_cache)), "q, out and the caches are contiguous"
     group = heads // kv_heads
+    dependent = dependent_launch(q)
     _decode_tiles_kernel[(kv_heads, _num_parts(kv_heads))](
         q,
         key_cache,
@@ -127,7 +129,9 @@ def decode_attention(
         LEAST_TILES=_LEAST_TILES,
         STAGES=_STAGES if q.dtype.itemsize == 2 else 2,
         RECORD=_RECORD,
+        PDL=bool(dependent),
         num_warps=4,
+        **dependent,
     )
 
 
@@ -152,7 +156,7 @@ def _plan_tiles_kernel(
     WIDTH: tl.constexpr,
     RECORD: tl.constexpr,
 ):
-    """One program: the tiles of one row."""
+    """One program: the tiles of one row. It must not take part in dependent launches: see `_decode_tiles_kernel`."""
     own_row = tl.program_id(0)
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
@@ -214,12 +218,19 @@ def _decode_tiles_kernel(
     LEAST_TILES: tl.constexpr,
     STAGES: tl.constexpr,
     RECORD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program: the GROUP query heads of one KV head, over one part of the tiles."""
+    """One program: the GROUP query heads of one KV head, over one part of the tiles.
+
+    With PDL it reads the totals before `wait`: the kernel that wrote them is no dependent launch and lets none start
+    early, so that it had ended when the first kernel behind it began.
+    """
+    begin_dependents(PDL)
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
     num_tiles = tl.load(totals_ptr)
     num_empty = tl.load(totals_ptr + 1)
+    wait(PDL)
     part_len = tl.maximum(tl.cdiv(num_tiles, PARTS), LEAST_TILES)
     first = part * part_len
     own_tiles = tl.maximum(tl.minimum(num_tiles - first, part_len), 0)

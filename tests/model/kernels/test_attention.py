@@ -287,8 +287,12 @@ def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> Non
         assert relative_error(attend(chunk), out[begin:end]) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("trials", ["", "tile_stream"])
 @pytest.mark.parametrize("decodes", [0, 2, 4])
-def test_backend_mixes_decode_and_prefill(triton_device: torch.device, decodes: int) -> None:
+def test_backend_mixes_decode_and_prefill(
+    triton_device: torch.device, decodes: int, trials: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
     rows = [(1, 40), (1, 0), (1, 7), (1, 65), *([(20, 33), (3, 3)] if decodes < 4 else [])]
     batch = make_batch(rows, device=triton_device)
     backend = TritonAttention(
