@@ -24,7 +24,7 @@ import torch
 
 from model.kernels.decode_attention import TilePlan, decode_attention
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
-from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
+from model.kernels.runtime import is_hopper, jit, jit_once, on_trial, tl, triton, use_triton
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
 _MERGED = 8  # splits whose results a merge loads at a time
@@ -257,10 +257,17 @@ def paged_attention_triton(
             **dependent,
         )
     if plan.tiles.rows.shape[0]:
+        launch = _prefill_tiles(q.dtype)
+        key_tiles, value_tiles = key_cache, value_cache
+        descriptors = _takes_descriptors(q, launch["TILE"], block_size)
+        if descriptors:
+            key_tiles, value_tiles = (_tiles_of(cache, launch["TILE"]) for cache in (key_cache, value_cache))
         _prefill_kernel[(heads, plan.tiles.rows.shape[0])](
             q,
             key_cache,
             value_cache,
+            key_tiles,
+            value_tiles,
             block_tables,
             query_starts,
             kv_lens,
@@ -269,8 +276,9 @@ def paged_attention_triton(
             out,
             scale / math.log(2),
             block_tables.stride(0),
+            DESCRIPTORS=descriptors,
             **shape,
-            **_prefill_tiles(q.dtype),
+            **launch,
         )
     return out
 
@@ -278,6 +286,22 @@ def paged_attention_triton(
 def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
     """Return warps and pipeline stages."""
     return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
+
+
+def _takes_descriptors(q: torch.Tensor, tile: int, block_size: int) -> bool:
+    """Tell whether the tensor memory accelerator of a Hopper fetches tiles of keys: they are then whole in a block."""
+    head_dim = q.shape[2]
+    fits = block_size % tile == 0 and head_dim == triton.next_power_of_2(head_dim)
+    return fits and on_trial("tensor_descriptors") and (is_hopper(q.device) or not q.is_cuda)
+
+
+def _tiles_of(cache: torch.Tensor, tile: int) -> Any:
+    """Describe a cache [num_blocks, block_size, kv_heads, head_dim] as tiles of so many keys of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    num_blocks, block_size, kv_heads, head_dim = cache.shape
+    width = kv_heads * head_dim
+    return TensorDescriptor(cache, [num_blocks * block_size, width], [width, 1], [tile, head_dim])
 
 
 def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
@@ -569,6 +593,8 @@ def _prefill_kernel(
     q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
     value_ptr,  # same
+    key_tiles,  # with DESCRIPTORS: descriptors of the same, as [cache rows, KV_HEADS * HEAD_DIM] in tiles of TILE keys
+    value_tiles,  # of one head
     tables_ptr,  # [rows, table_stride] int32
     query_starts_ptr,  # [rows + 1] int32
     kv_lens_ptr,  # [rows] int32
@@ -584,6 +610,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One program: QUERIES queries of one head of one row, over all the keys they see."""
     head = tl.program_id(0)
@@ -612,12 +639,13 @@ def _prefill_kernel(
     table_ptr = tables_ptr + row * table_stride
     kv_head = head // GROUP
     acc, total, highest = _attend(
-        q, acc, total, highest, key_ptr, value_ptr, table_ptr, kv_head, scale, 0, seen_by_all, kv_len, first_position,
-        False, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE,
+        q, acc, total, highest, key_ptr, value_ptr, key_tiles, value_tiles, table_ptr, kv_head, scale, 0, seen_by_all,
+        kv_len, first_position, False, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE, DESCRIPTORS,
     )  # fmt: skip
     acc, total, highest = _attend(
-        q, acc, total, highest, key_ptr, value_ptr, table_ptr, kv_head, scale, seen_by_all, seen_by_any, kv_len,
-        first_position, True, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE,
+        q, acc, total, highest, key_ptr, value_ptr, key_tiles, value_tiles, table_ptr, kv_head, scale, seen_by_all,
+        seen_by_any, kv_len, first_position, True, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE,
+        DESCRIPTORS,
     )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + q_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -631,6 +659,8 @@ def _attend(
     highest,  # [QUERIES] float32
     key_ptr,
     value_ptr,
+    key_tiles,
+    value_tiles,
     table_ptr,
     kv_head,
     scale,
@@ -645,6 +675,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Go on with the online softmax over keys begin .. end - 1; without MASKED, every query sees all of them."""
     column = tl.arange(0, HEAD_BLOCK)
@@ -653,7 +684,11 @@ def _attend(
         position = start + tl.arange(0, TILE)
         cache_rows = _cache_rows(table_ptr, start, kv_len, BLOCK_SIZE, TILE)
         offsets = (cache_rows * KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
-        if MASKED:
+        if DESCRIPTORS and not MASKED:
+            cache_row = tl.load(table_ptr + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+            keys = key_tiles.load([cache_row, kv_head * HEAD_DIM])
+            values = value_tiles.load([cache_row, kv_head * HEAD_DIM])
+        elif MASKED:
             mask = (position < end)[:, None] & in_head[None, :]
             keys = tl.load(key_ptr + offsets, mask=mask, other=0.0)
             values = tl.load(value_ptr + offsets, mask=mask, other=0.0)

@@ -287,7 +287,18 @@ def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> Non
         assert relative_error(attend(chunk), out[begin:end]) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("trials", ["", "tile_stream"])
+def test_prefill_by_descriptors(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that every query sees come by descriptors: of short rows none, of long ones most."""
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", "tensor_descriptors")
+    for shape, dtype in CASES:
+        heads, kv_heads, head_dim, block_size = shape
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
+        rows = [*MIXED_ROWS, (20, 300), (40, 130)]
+        batch = make_batch(rows, dtype=dtype, device=triton_device, **sizes)
+        check(attend(batch), batch)
+
+
+@pytest.mark.parametrize("trials", ["", "tile_stream", "tile_stream,tensor_descriptors"])
 @pytest.mark.parametrize("decodes", [0, 2, 4])
 def test_backend_mixes_decode_and_prefill(
     triton_device: torch.device, decodes: int, trials: str, monkeypatch: pytest.MonkeyPatch
