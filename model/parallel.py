@@ -29,11 +29,32 @@ class TensorParallel:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Put every rank's [rows, ...] one below the other: [rows * size, ...], the same on every rank."""
+        if self.group is None:
+            return x
+        gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        _all_gather_into(gathered, x.contiguous(), group=self.group)
+        return gathered
+
     def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate every rank's [rows, n] along the last dimension: [rows, n * size], the same on every rank."""
         if self.group is None:
             return x
         rows, width = x.shape
-        parts = torch.empty((self.size, rows, width), dtype=x.dtype, device=x.device)
-        _all_gather_into(parts.view(self.size * rows, width), x.contiguous(), group=self.group)
+        parts = self.all_gather_rows(x).view(self.size, rows, width)
         return parts.transpose(0, 1).reshape(rows, self.size * width)
+
+    def exchange_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Give each rank its share of the rows, whole: [rows, n] on every rank to [rows / size, n * size].
+
+        The rows, which must divide by `size`, are shared out in order; every rank's columns are put side by side, as
+        by `all_gather_last`, whose rows these are.
+        """
+        if self.group is None:
+            return x
+        rows, width = x.shape
+        share = rows // self.size
+        parts = x.new_empty((self.size, share, width))
+        dist.all_to_all_single(parts.view(rows, width), x.contiguous(), group=self.group)
+        return parts.transpose(0, 1).reshape(share, self.size * width)
