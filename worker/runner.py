@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.runtime import on_trial
+from model.one_shot import OneShotAllReduce, largest_numel, obstacle
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
@@ -237,6 +238,7 @@ def build_runner(
         ModelError: the checkpoint cannot be used.
         ConfigError: the memory does not hold one sequence.
     """
+    tp = _with_one_shot(tp, config, runtime)
     model = load_model(
         config.model,
         checkpoint,
@@ -277,6 +279,21 @@ def build_runner(
         runner.warm_up()
         runner.capture(progress)
     return runner
+
+
+def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
+    """On trial: let small all-reduces go through memory that the GPUs share, if all ranks can."""
+    if tp.group is None or not on_trial("symmetric_memory"):
+        return tp
+    if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
+        logger.warning("rank=%d no one-shot all-reduces: several nodes take part", tp.rank)
+        return tp
+    reason = obstacle(tp.size, dtype=runtime.dtype, device=runtime.device)
+    if not _agree(int(not reason), tp, runtime.device):
+        logger.warning("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
+        return tp
+    numel = largest_numel(tp.size, runtime.dtype)
+    return replace(tp, one_shot=OneShotAllReduce(tp.group, numel=numel, dtype=runtime.dtype, device=runtime.device))
 
 
 def _allocate(

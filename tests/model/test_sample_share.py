@@ -36,7 +36,7 @@ def test_shares_change_neither_a_logit_nor_a_token(results: Path, number: int, s
         assert drawn["share"].shape == (share, vocab_size)
         assert drawn["shared"].dtype is torch.int32
         assert torch.equal(drawn["shared"], drawn["whole"])
-        assert ((0 <= drawn["whole"]) & (drawn["whole"] < vocab_size)).tolist() == [
+        assert ((drawn["whole"] >= 0) & (drawn["whole"] < vocab_size)).tolist() == [
             row != share_rank.BROKEN_ROW for row in range(rows)
         ]
         shares.append(drawn["share"])

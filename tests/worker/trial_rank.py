@@ -1,4 +1,4 @@
-"""What one process of `test_sharded_sampling.py` does. A module of its own: it starts without transformers."""
+"""What one process of `test_trials.py` does. A module of its own: it starts without transformers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from model.parallel import TensorParallel
 from tests.worker.gpu_engine import generate, make_runner
 from worker.messages import SamplingParams, Submit, ids_to_bytes
+from worker.runner import logger
 
 WORLD_SIZE = 4
 SIZES = (2, 4)
-TRIALS = ("", "sharded_sampling")
+TRIALS = ("", "sharded_sampling", "symmetric_memory,sharded_sampling")  # symmetric memory cannot be had on a CPU
 VOCAB = 131
 
 SAMPLING = (
@@ -47,7 +48,7 @@ def submits() -> list[Submit]:
 
 
 def main(rank: int, rendezvous: str, folder: str, results: str) -> None:
-    """Join over gloo; for each size and trial, write the tokens, and how often rows were exchanged."""
+    """Join over gloo; for each size and trial, write the tokens, how often rows were exchanged, and what the log warns of."""
     torch.set_num_threads(1)
     store = dist.FileStore(rendezvous, WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
@@ -57,7 +58,11 @@ def main(rank: int, rendezvous: str, folder: str, results: str) -> None:
             if rank >= size:
                 continue
             os.environ["LIGHTQWEN_TRIALS"] = trial
-            with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+            warnings: list[str] = []
+            with (
+                patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange,
+                patch.object(logger, "warning", lambda text, *values: warnings.append(text % values)),
+            ):
                 runner, shape = make_runner(
                     Path(folder),
                     TensorParallel(rank, size, group),
@@ -66,7 +71,7 @@ def main(rank: int, rendezvous: str, folder: str, results: str) -> None:
                     tensor_parallel_size=size,
                 )
                 tokens = generate(runner, shape, submits(), run_ahead=1)
-            outcome = {"tokens": list(tokens.values()), "exchanges": exchange.call_count}
+            outcome = {"tokens": list(tokens.values()), "exchanges": exchange.call_count, "warnings": warnings}
             (Path(results) / f"{size}-{trial}-{rank}.json").write_text(json.dumps(outcome))
     dist.barrier()
     dist.destroy_process_group()
