@@ -12,7 +12,6 @@ from model import one_shot
 from tests.model import one_shot_rank
 from tests.processes import until
 
-
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < one_shot_rank.SIZE, reason="needs two GPUs")
 
 
