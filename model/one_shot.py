@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 MAX_PEER_BYTES = 1 << 20
-"""What a rank reads from all others in one kernel at most. Larger tensors are left to NCCL, which moves fewer bytes.
+"""What a rank reads from all others in one kernel at most. Larger tensors are left to NCCL.
 
 Not measured yet: `python -m bench.all_reduce` tells from what size on NCCL is faster.
 """
