@@ -32,7 +32,7 @@ class _Heard:
 
 
 class Gateways:
-    """This gateway among those of its server. Use it on the event loop's thread.
+    """This gateway among those of its server. Use it on the event loop's thread, where nothing else is said.
 
     Args:
         number: this gateway's, from 0.
@@ -131,12 +131,12 @@ class Gateways:
 
     @property
     def last_known(self) -> Standing:
-        """How all of them stand, as gateway 0 knows it: others as of a second ago."""
+        """How all of them stand, as gateway 0 knows it: others as of a second ago. For any thread."""
         return total([self._standing, *(heard.standing for heard in self._others.values())])
 
     @property
     def problem(self) -> str | None:
-        """Which of the others gateway 0 should have heard, and has not; for any thread."""
+        """Which of the others gateway 0 should have heard, and has not. For any thread."""
         now = self._clock()
         for other, heard in self._others.items():
             if now - heard.at > STALLED_S:
