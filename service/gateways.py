@@ -27,7 +27,7 @@ ANSWER_S = 3.0
 class _Heard:
     """What another gateway said last, unasked."""
 
-    at: float
+    at: float  # infinite: nothing is to be heard, for it has not begun to speak, or has come to its end
     standing: Standing
 
 
@@ -58,7 +58,6 @@ class Gateways:
         self._admission = admission
         self._close_door = close_door
         self._clock = clock
-        # Infinite: it has not begun to speak.
         self._others = {other: _Heard(float("inf"), Standing()) for other in range(count) if other != number}
         self._tickets = itertools.count()
         self._answers: dict[int, asyncio.Queue[Answer]] = {}  # to what this gateway asked, by ticket
@@ -94,7 +93,8 @@ class Gateways:
         if isinstance(message, Ask):
             self._asked.put_nowait(message)
         elif isinstance(message, Figures):
-            self._others[message.gateway] = _Heard(self._clock(), message.standing)
+            at = float("inf") if message.last else self._clock()
+            self._others[message.gateway] = _Heard(at, message.standing)
         elif message.ticket in self._answers:  # else it comes too late
             self._answers[message.ticket].put_nowait(message)
 
@@ -125,9 +125,9 @@ class Gateways:
 
     # -- figures, unasked ----------------------------------------------------------------------------------------------
 
-    def tell_figures(self, counted: bytes) -> None:
-        """Tell gateway 0 what this one has counted and how it stands. To be called every second."""
-        self._control.offer(Figures(self._number, self._standing, counted))
+    def tell_figures(self, counted: bytes, *, last: bool = False) -> None:
+        """Tell gateway 0 what this one has counted and how it stands. To be called every second, and at the end."""
+        self._control.offer(Figures(self._number, self._standing, counted, last))
 
     @property
     def last_known(self) -> Standing:

@@ -64,7 +64,7 @@ class _Sum(Collector):
         self.others: dict[int, bytes] = {}
 
     def encoded(self) -> bytes:
-        """What this gateway has counted, by family; some 4 KB."""
+        """What this gateway has counted, by family; some KB."""
         counted: dict[str, list[Series]] = {
             family.name: [(s.name, s.labels, s.value) for s in family.samples if not s.name.endswith("_created")]
             for family in self._own.collect()

@@ -212,6 +212,7 @@ class Gateway:
                 code = await self._serve(self._over)
                 for task in background:
                     task.cancel()
+            self._tell_figures(last=True)
         return code
 
     async def _serve(self, over: asyncio.Future[int]) -> int:
@@ -422,11 +423,14 @@ class Gateway:
             if began >= next_beat:
                 next_beat = began + BEAT_PERIOD_S
                 self._control.send(Heartbeat(self._engine.stats.step, STALLED_S))
-                if self._number > 0 and self._config.metrics_port >= 0:
-                    self._gateways.tell_figures(self._metrics.counted())
+                self._tell_figures()
             await asyncio.sleep(LAG_PERIOD_S)
             self._loop_seen = time.monotonic()
             self._metrics.loop_lag(max(0.0, self._loop_seen - began - LAG_PERIOD_S))
+
+    def _tell_figures(self, *, last: bool = False) -> None:
+        if self._number > 0 and self._config.metrics_port >= 0:
+            self._gateways.tell_figures(self._metrics.counted(), last=last)
 
     def _problem(self) -> str | None:
         """For /healthz, on the HTTP thread."""

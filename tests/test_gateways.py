@@ -36,7 +36,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 """Of each client: a connection of its own, and every refusal shows."""
 PROMPT = list(range(300, 320))
-LONG = 400
+LONG = 250
 """Tokens that take long enough for something to happen meanwhile."""
 
 

@@ -126,6 +126,7 @@ class Figures(msgspec.Struct, frozen=True, tag="figures"):
     gateway: int
     standing: Standing
     counted: bytes
+    last: bool = False  # it has nothing left to do, and is about to end
 
 
 BetweenGateways = Ask | Answer | Figures

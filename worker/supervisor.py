@@ -164,8 +164,7 @@ class _Supervisor:
 
     def _hear_all(self) -> None:
         for gateway in self._gateways:
-            for message in self._children.hear(gateway):
-                self._pass_on(message)
+            self._hear(gateway)
         if not self._ready and all(gateway.up for gateway in self._gateways):
             self._ready = True
             self._on_ready(self._gateways[0].facts or {}, time.monotonic() - self._began)
@@ -173,6 +172,10 @@ class _Supervisor:
             self._children.hear(rank)
         if self._ranks.all_up:
             self._rendezvous.close()
+
+    def _hear(self, gateway: Child) -> None:
+        for message in self._children.hear(gateway):
+            self._pass_on(message)
 
     def _pass_on(self, message: FromChild) -> None:
         """What a gateway said to others goes to them. One that has drained and ended has nothing more to say."""
@@ -196,7 +199,7 @@ class _Supervisor:
                 gateway.process.kill()
         ended = [gateway for gateway in self._gateways if not gateway.process.is_alive()]
         for gateway in ended:
-            self._children.hear(gateway)
+            self._hear(gateway)
         failed = [gateway for gateway in ended if not self._draining or gateway.process.exitcode != 0]
         for gateway in failed:
             if gateway.fatal is not None:

@@ -30,7 +30,7 @@ from tests.service.conftest import Serve, collect, eventually, generate_request,
 from tests.service.test_errors import failure, failure_by_reading
 from tests.service.test_metrics import fetch
 from worker.config import ConfigError
-from worker.control import AbortCalls, Answer, Ask, ChildEnd, CloseDoor, Figures, Look, Standing, SupervisorEnd
+from worker.control import AbortCalls, Answer, Ask, ChildEnd, CloseDoor, Drain, Figures, Look, Standing, SupervisorEnd
 from worker.messages import EngineStats
 from worker.vitals import STALLED_S
 
@@ -174,7 +174,12 @@ async def test_others_leave_it_to_gateway_0_to_tell_prometheus(serve: Serve) -> 
         figures: Figures = await Other(served.supervisor).hear(Figures)
         while not finished_of(figures):
             figures = await Other(served.supervisor).hear(Figures)
-        assert (figures.gateway, figures.standing, finished_of(figures)) == (1, Standing(), 1)
+        assert (figures.gateway, figures.standing, finished_of(figures), figures.last) == (1, Standing(), 1, False)
+        await collect(served.generation.Generate(generate_request(ids(1))))
+        served.supervisor.send(Drain())
+        assert await asyncio.wait_for(served.running, 5) == 0
+        *_, figures = [m for m in served.supervisor.receive() if isinstance(m, Figures)]
+        assert (finished_of(figures), figures.last) == (2, True), "nothing that it counted is lost"
     async with serve(gateways=2, number=1) as served:
         await asyncio.sleep(1.2)
         assert not [m for m in served.supervisor.receive() if isinstance(m, Figures)], "nobody would tell them"
@@ -242,8 +247,11 @@ async def test_healthz_tells_of_a_gateway_that_was_not_heard() -> None:
     assert heard.problem is None
     now[0] += 1.0
     assert heard.problem == "gateway2 was not heard for 11 s"
-    heard.hear(Figures(2, Standing(), b""))
-    assert heard.problem is None
+    heard.hear(Figures(2, Standing(), b"", last=True))
+    now[0] += 0.5 * STALLED_S
+    heard.hear(Figures(1, Standing(), b""))
+    now[0] += 0.7 * STALLED_S
+    assert heard.problem is None, "one that has drained and ended has nothing more to say"
 
 
 async def test_a_silent_gateway_is_unhealthy_over_http(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
