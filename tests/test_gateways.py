@@ -14,10 +14,12 @@ import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,6 +27,7 @@ from lightqwen.client import AsyncClient, Delta, LightqwenError
 from lightqwen.v1 import admin_pb2, admin_pb2_grpc
 from service.gateways import ANSWER_S
 from tests.processes import Serve, is_alive, until
+from tests.service.test_tls import replace
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -50,12 +53,12 @@ def serving(*options: str) -> Iterator[Serve]:
 
 
 @asynccontextmanager
-async def both(address: str) -> AsyncIterator[list[AsyncClient]]:
-    """A client of each gateway: connections are opened until both have one."""
+async def both(address: str, **access: Any) -> AsyncIterator[list[AsyncClient]]:
+    """A client of each gateway: connections are opened until both have one. `access`: credentials and metadata."""
     found: dict[str, AsyncClient] = {}
     async with AsyncExitStack() as stack:
         for _ in range(50):
-            client = AsyncClient(address, options=OPTIONS)
+            client = AsyncClient(address, options=OPTIONS, **access)
             await stack.enter_async_context(client)
             found.setdefault((await client.server_info(timeout=10)).instance_id, client)
             if len(found) == 2:
@@ -90,6 +93,31 @@ class Stream:
     async def finish(self) -> list[int]:
         """Every token. Raises LightqwenError when the stream is lost."""
         return await asyncio.wait_for(self._task, 60)
+
+
+class Secrets:
+    """A certificate, its key and a token, in files that the next ones replace."""
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self._folder = folder
+        self._token = token
+        self._authority = trustme.CA()
+
+    @property
+    def options(self) -> list[str]:
+        cert, key, tokens = (str(self._folder / name) for name in ("tls.crt", "tls.key", "tokens"))
+        return ["--tls-cert", cert, "--tls-key", key, "--auth-tokens-file", tokens]
+
+    @property
+    def access(self) -> dict[str, Any]:
+        credentials = grpc.ssl_channel_credentials(self._authority.cert_pem.bytes())
+        return {"credentials": credentials, "metadata": [("authorization", f"Bearer {self._token}")]}
+
+    def put(self) -> None:
+        leaf = self._authority.issue_cert("127.0.0.1")
+        replace(self._folder / "tls.key", leaf.private_key_pem.bytes())
+        replace(self._folder / "tls.crt", leaf.cert_chain_pems[0].bytes())
+        replace(self._folder / "tokens", f"caller:{self._token}\n".encode())
 
 
 def admin(client: AsyncClient) -> Any:
@@ -211,14 +239,22 @@ async def test_to_those_outside_they_are_one_server() -> None:
                     await stream.finish()
 
 
-async def test_sigterm_drains_both_and_the_port_is_nobody_elses() -> None:
-    with serving() as server:
+async def test_sigterm_drains_both_secrets_are_read_again_and_the_port_is_nobody_elses(tmp_path: Path) -> None:
+    secrets = [Secrets(tmp_path, "first"), Secrets(tmp_path, "second")]
+    secrets[0].put()
+    with serving(*secrets[0].options) as server:
         await asyncio.to_thread(server.wait_ready)
         port = server.address.rpartition(":")[2]
         with serving("--port", port) as other:
             assert await asyncio.to_thread(other.exit_code, 60) == 1
             assert f"port {port} on 127.0.0.1 is in use; choose another with --port" in other.errors()
-        async with both(server.address) as clients:
+        async with both(server.address, **secrets[0].access):
+            pass
+        secrets[1].put()
+        async with both(server.address, **secrets[1].access) as clients:
+            for client in clients:
+                with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
+                    await admin(client).GetLoad(admin_pb2.GetLoadRequest(), metadata=secrets[0].access["metadata"])
             expected = await Stream(clients[0]).finish()
             short, long = Stream(clients[0]), Stream(clients[1], 4 * LONG)
             for stream in (short, long):
