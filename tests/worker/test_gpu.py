@@ -111,9 +111,10 @@ def test_run_ahead_changes_no_token(checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < gpu_rank.SIZE, reason="needs two GPUs")
-def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trials", ["", "symmetric_memory", "sharded_sampling", "symmetric_memory,sharded_sampling"])
+def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, trials: str) -> None:
     torch.multiprocessing.spawn(
-        gpu_rank.main, args=(str(tmp_path / "rendezvous"), str(checkpoint), str(tmp_path)), nprocs=gpu_rank.SIZE
+        gpu_rank.main, args=(str(tmp_path / "rendezvous"), str(checkpoint), str(tmp_path), trials), nprocs=gpu_rank.SIZE
     )
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
     alone = gpu_rank.logits_of(checkpoint, TensorParallel.single(), ids).double().cpu()
