@@ -46,7 +46,7 @@ class Tiling:
     (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for
     each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under way at a time:
     in registers (fma) or shared memory (dot). `splits` programs share the reduction of one row block (dot only). With
-    dependent launch, `prefetch` columns of each weight row, a power of two from 64 or
+    dependent launch, `prefetch` columns of each weight row (fma: more than are in registers), a power of two from 64 or
     none, are requested into the L2 cache ahead of everything else.
     """
 
@@ -289,7 +289,7 @@ def _fma_kernel(
     begin_dependents(PDL)
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
-    _prefetch(weight_ptr, feature, n, k, 0, k, BLOCK_N, LANES, PREFETCH)
+    _prefetch(weight_ptr, feature, n, k, STAGES * BLOCK_K, k, BLOCK_N, LANES, 0 if WHOLE else PREFETCH)
     column = tl.arange(0, BLOCK_K)
     weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
     owned = (feature < n)[:, None]
@@ -360,8 +360,8 @@ def _store_rows(xs, total_ptr, tile, rows, column, k, ROWS: tl.constexpr, ADD: t
     """With ADD, store columns of x + residual, which every program has: each row is written by one of them."""
     if ADD:
         for r in tl.static_range(ROWS):
-            written = (r < rows) & (tile == r % tl.num_programs(0))
-            tl.store(total_ptr + r * k + column, xs[r].to(total_ptr.dtype.element_ty), mask=(column < k) & written)
+            width = tl.where((r < rows) & (tile == r % tl.num_programs(0)), k, 0)
+            tl.store(total_ptr + r * k + column, xs[r].to(total_ptr.dtype.element_ty), mask=column < width)
 
 
 @jit
@@ -499,8 +499,8 @@ def _dot_kernel(
             other = tl.load(residual_ptr + offsets + start, mask=mask, other=0.0)
             x = (x.to(tl.float32) + other.to(tl.float32)).to(x.dtype)
             # Every program has the sum; each part of it is written by one of them.
-            written = tile == (start // BLOCK_K) % tl.num_programs(0)
-            tl.store(total_ptr + offsets + start, x, mask=mask & written)
+            written = tl.where(tile == (start // BLOCK_K) % tl.num_programs(0), rows, 0)
+            tl.store(total_ptr + offsets + start, x, mask=(row < written)[:, None] & inside[None, :])
         if NORM:
             gain = tl.load(norm_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
             wide = x.to(tl.float32)

@@ -1,0 +1,65 @@
+"""How the linear kernels of few rows are cut, for each size of a layer and number of rows.
+
+What `python -m bench.small_linear` prints on a GPU goes into `MEASURED` as it is. Sizes that are not there get what
+`default_tiling` reckons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from model.kernels.small_linear import Tiling
+
+ROW_CLASSES = (1, 2, 4, 8, 16)
+"""Numbers of rows that have a tiling; in between, the next one counts, so that a padded batch has the same launch."""
+
+
+class Work(NamedTuple):
+    """One launch: a class of rows, the weight [n, k], and what is fused with it."""
+
+    rows: int
+    n: int
+    k: int
+    norm: bool = False
+    gated: bool = False
+
+
+MEASURED: Mapping[Work, Tiling | None] = MappingProxyType({})
+"""None where separate kernels are faster; with `norm`, the same without it is then tried behind a norm kernel."""
+
+
+def tiling_for(rows: int, n: int, k: int, *, norm: bool, gated: bool) -> Tiling | None:
+    """Return how to launch a linear layer for so many rows, or None where separate kernels are to be used."""
+    row_class = next((most for most in ROW_CLASSES if rows <= most), None)
+    if row_class is None or k % 8:
+        return None
+    work = Work(row_class, n, k, norm, gated)
+    return MEASURED[work] if work in MEASURED else default_tiling(work)
+
+
+def default_tiling(work: Work) -> Tiling:
+    """Return a tiling of at least one program for each of a Hopper's 132 multiprocessors, as far as the weight goes."""
+    return _fma_tiling(work) if work.rows <= 4 else _dot_tiling(work)
+
+
+def _fma_tiling(work: Work) -> Tiling:
+    """Hold whole weight rows in registers where they fit; else go along them with fewer registers for each program."""
+    warps = 4
+    block_k = 256 * warps
+    block_n = next((block for block in (8, 4) if work.n // block >= 256), 2)
+    stages = -(-work.k // block_k)
+    if stages > 3 or block_n * stages > 12 or block_n * stages * work.rows > 32:
+        block_n, stages = min(block_n, 4), 2 if work.rows == 1 else 1
+    return Tiling("fma", work.rows, block_n, block_k, warps, stages=stages)
+
+
+def _dot_tiling(work: Work) -> Tiling:
+    """Let few programs read x over and over, so take wide tiles, and split the reduction where they are too few."""
+    block_n, block_k, warps = (64, 128, 4) if work.n // 64 >= 120 else (32, 256, 2)
+    splits = 1
+    while work.n // block_n * splits < 120 and 4 * splits * block_k <= work.k:
+        splits *= 2
+    prefetch = min(1024, 1 << (work.k // splits).bit_length() - 1)
+    return Tiling("dot", work.rows, block_n, block_k, warps, splits, stages=4, prefetch=prefetch if prefetch >= 64 else 0)
