@@ -39,27 +39,38 @@ def tiling_for(rows: int, n: int, k: int, *, norm: bool, gated: bool) -> Tiling 
     return MEASURED[work] if work in MEASURED else default_tiling(work)
 
 
-def default_tiling(work: Work) -> Tiling:
-    """Return a tiling of at least one program for each of a Hopper's 132 multiprocessors, as far as the weight goes."""
-    return _fma_tiling(work) if work.rows <= 4 else _dot_tiling(work)
+def default_tiling(work: Work) -> Tiling | None:
+    """Return a tiling of about one program or more for each of a Hopper's 132 multiprocessors.
+
+    Reckoned from the kernels' registers and shared memory, not measured.
+    """
+    if work.rows <= 4:
+        return _fma_tiling(work)
+    # Every program norms all rows: with many of them that is more work than a kernel of its own.
+    return None if work.norm and work.rows > 8 else _dot_tiling(work)
 
 
 def _fma_tiling(work: Work) -> Tiling:
-    """Hold whole weight rows in registers where they fit; else go along them with fewer registers for each program."""
+    """Hold whole weight rows in registers where they fit, else go along them one tile at a time."""
     warps = 4
     block_k = 256 * warps
     block_n = next((block for block in (8, 4) if work.n // block >= 256), 2)
     stages = -(-work.k // block_k)
-    if stages > 3 or block_n * stages > 12 or block_n * stages * work.rows > 32:
-        block_n, stages = min(block_n, 4), 2 if work.rows == 1 else 1
+    if stages > 3 or block_n * stages > 16:
+        stages = 1
     return Tiling("fma", work.rows, block_n, block_k, warps, stages=stages)
 
 
 def _dot_tiling(work: Work) -> Tiling:
-    """Let few programs read x over and over, so take wide tiles, and split the reduction where they are too few."""
-    block_n, block_k, warps = (64, 128, 4) if work.n // 64 >= 120 else (32, 256, 2)
+    """Take wide tiles, so that few programs read x over and over; split the reduction where they are too few."""
+    if work.n // 64 >= 120:
+        # Each of 128 threads has to want four bytes of the norm's weight, for that to be fetched ahead.
+        block_n, block_k, stages = (64, 256, 3) if work.norm else (64, 128, 4)
+    else:
+        block_n, block_k, stages = 32, 256, 4
     splits = 1
     while work.n // block_n * splits < 120 and 4 * splits * block_k <= work.k:
         splits *= 2
-    prefetch = min(1024, 1 << (work.k // splits).bit_length() - 1)
-    return Tiling("dot", work.rows, block_n, block_k, warps, splits, stages=4, prefetch=prefetch if prefetch >= 64 else 0)
+    part = work.k // splits
+    prefetch = min(1024, 1 << part.bit_length() - 1) if part >= 64 else 0
+    return Tiling("dot", work.rows, block_n, block_k, 4, splits, stages, prefetch)
