@@ -125,7 +125,7 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm. The residual stream travels beside the hidden states, and each norm goes to
+    """Attention and MLP, each behind a norm. The residual stream travels beside the hidden states, and a norm goes to
     the projection behind it, so that adding to the stream, norming it and projecting it can be one operation."""
 
     def __init__(

@@ -4,10 +4,10 @@ A decode step of up to 16 rows is bound by reading the weights, and for small mo
 launch here is a linear layer with the RMSNorm before it (and the residual addition before that), or with the SiLU gate
 after it, each part optional.
 
-There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows and walks along
-them with `stages` tiles of the weight under way. *dot* (up to 16 rows) multiplies on the tensor cores with the weight as the
-left operand, so that the rows of x are the narrow side; it may split the reduction over several programs, the last of
-which to arrive adds up the partial sums of all in a fixed order and leaves the counter as it found it.
+There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds them
+whole or walks along them. *dot* (up to 16 rows) multiplies on the tensor cores with the weight as the left operand, so
+that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
+adds up the partial sums of all in a fixed order and leaves the counter as it found it.
 
 Rounding is that of the separate operations, with one exception: 1 / rms(x) is applied to the sums instead of to x, so
 that x is read once. What is multiplied is then gain * x, which *dot* rounds once where the norm rounds twice, and *fma*
@@ -44,10 +44,10 @@ class Tiling:
 
     A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for dot. A tile is `block_n` weight rows
     (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for
-    each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under way at a time:
-    in registers (fma) or shared memory (dot). `splits` programs share the reduction of one row block (dot only). With
-    dependent launch, `prefetch` columns of each weight row (fma: more than are in registers), a power of two from 64 or
-    none, are requested into the L2 cache ahead of everything else.
+    each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under way at a
+    time, in registers (fma) or shared memory (dot). `splits` programs share the reduction of one row block (dot only).
+    With dependent launch, `prefetch` columns of each weight row (fma: beyond those in registers), a power of two from
+    64 or none, are requested into the L2 cache ahead of everything else.
     """
 
     form: Literal["fma", "dot"]
@@ -76,7 +76,7 @@ def small_linear_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (act(norm(x + residual) @ weight.T + bias), x + residual), each part where it is given.
 
-    x, residual: [rows, k]; their sum is rounded to the dtype before it is normed, and without `residual` it is x itself.
+    x, residual: [rows, k]; their sum is rounded to the dtype before it is normed, and is x itself without `residual`.
     norm: [k], the weight of an RMSNorm with `eps`. weight: [n, k], bias: [n]. With `gated` the first n / 2 features are
     gates and the others ups, and act is silu(gate) * up. The first result: [rows, n], or [rows, n / 2] with `gated`.
     Inputs are not written.
@@ -285,7 +285,7 @@ def _fma_kernel(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """One program: BLOCK_N features of every row. STAGES tiles of the weight are held, with WHOLE all that there are."""
+    """One program: BLOCK_N features of every row. It holds STAGES tiles of the weight, with WHOLE all that there are."""
     begin_dependents(PDL)
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
@@ -312,9 +312,7 @@ def _fma_kernel(
             rows_of = _load_rows(x_ptr, residual_ptr, rows, stage * BLOCK_K + column, k, ROWS, ADD)
             xs = xs + (rows_of,)  # type: ignore  # noqa: RUF005
         for stage in tl.static_range(STAGES):
-            sums, squares = _multiply(
-                sums, squares, held[stage], gains[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K, NORM
-            )
+            sums, squares = _multiply(sums, squares, held[stage], gains[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K, NORM)
         for stage in tl.static_range(STAGES):
             _store_rows(xs[stage], total_ptr, tile, rows, stage * BLOCK_K + column, k, ROWS, ADD)
     else:
@@ -420,10 +418,9 @@ def _load_row(x_ptr, r, rows, column, k):
 @jit
 def _load_gain(norm_ptr, column, k, NORM: tl.constexpr):
     """Load columns of the norm's weight, [BLOCK_K] float32; without NORM return what nothing is done with."""
+    gain = tl.zeros([1], tl.float32)
     if NORM:
         gain = tl.load(norm_ptr + column, mask=column < k, other=0.0).to(tl.float32)
-    else:
-        gain = tl.zeros([1], tl.float32)
     return gain
 
 

@@ -9,16 +9,35 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from model.parallel import TensorParallel
-from tests.model.helpers import PagedCache, PagedSequence, load, random_ids, run
+from model.qwen3 import Qwen3ForCausalLM
+from tests.model.helpers import (
+    PagedCache,
+    PagedSequence,
+    fused_launches,
+    interpreted,
+    load,
+    random_ids,
+    run,
+    unpack,
+)
 
 WORLD_SIZE = 4
 SIZES = (2, 4)
 PROMPT, NEIGHBOUR = random_ids(23, vocab_size=9), random_ids(11, vocab_size=9, seed=1)
 
 
-def logits_of(folder: Path, tp: TensorParallel) -> torch.Tensor:
-    """Prefill two sequences, one in chunks, then decode both: the logits of all steps, [tokens, vocab]."""
-    model = load(folder, tp=tp)
+def logits_of(folder: Path, tp: TensorParallel, *, fused: bool = False) -> torch.Tensor:
+    """Prefill two sequences, one in chunks, then decode both: the logits of all steps, [tokens, vocab].
+
+    `fused` computes linear layers of few rows, and what stands around them, in one launch of Triton's interpreter.
+    """
+    if fused:
+        with fused_launches():
+            return _logits_of(unpack(load(folder, tp=tp)), tp)
+    return _logits_of(load(folder, tp=tp), tp)
+
+
+def _logits_of(model: Qwen3ForCausalLM, tp: TensorParallel) -> torch.Tensor:
     cache = PagedCache(model.config, tp_size=tp.size)
     first, second = PagedSequence(), PagedSequence()
     steps = [
@@ -46,8 +65,11 @@ def main(rank: int, rendezvous: str, folders: list[str], results: str) -> None:
             group = dist.new_group(list(range(size)))
             if rank < size:
                 for number, folder in enumerate(folders):
-                    logits = logits_of(Path(folder), TensorParallel(rank, size, group))
-                    save_file({"logits": logits}, Path(results) / f"{size}-{number}-{rank}.safetensors")
+                    tp = TensorParallel(rank, size, group)
+                    logits = {"logits": logits_of(Path(folder), tp)}
+                    if interpreted():
+                        logits["fused"] = logits_of(Path(folder), tp, fused=True)
+                    save_file(logits, Path(results) / f"{size}-{number}-{rank}.safetensors")
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from model.weights import load_model
-from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, requests, whole_prompt
+from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, prompt_chunk, requests
 
 SIZE = 2
 
 
-def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tensor:
-    """bf16 logits of a whole prompt: [tokens, vocab]."""
+def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | None = None) -> torch.Tensor:
+    """bf16 logits of a prompt, computed whole or in steps of so many tokens: [tokens, vocab]."""
     shape = Qwen3Config.from_folder(folder)
     device = torch.device("cuda", tp.rank)
     model = load_model(
@@ -35,8 +35,14 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tens
     )
     cache_shape = (shape.num_hidden_layers, 2, MAX_LEN // BLOCK, BLOCK, shape.kv_heads_per_rank(tp.size), 128)
     cache = torch.zeros(cache_shape, dtype=torch.bfloat16, device=device)
+    chunks = ids.split(step or len(ids))
     with torch.inference_mode():
-        return model.compute_logits(model(whole_prompt(ids, device), cache))
+        return torch.cat(
+            [
+                model.compute_logits(model(prompt_chunk(chunk, number * len(chunks[0]), device), cache))
+                for number, chunk in enumerate(chunks)
+            ]
+        )
 
 
 def main(rank: int, rendezvous: str, folder: str, results: str) -> None:

@@ -160,9 +160,7 @@ def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Ti
     def chain(x: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         total = x
         for weight in weights:
-            x, total = small_linear_triton(
-                x, weight, norm=norm, eps=EPS, residual=total, tiling=tiling, pdl=pdl
-            )
+            x, total = small_linear_triton(x, weight, norm=norm, eps=EPS, residual=total, tiling=tiling, pdl=pdl)
         return x + total
 
     x = torch.randn(tiling.rows, size).to(triton_device, torch.bfloat16)
