@@ -285,7 +285,7 @@ def _fma_kernel(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """One program: BLOCK_N features of every row. It holds STAGES tiles of the weight, with WHOLE all that there are."""
+    """One program: BLOCK_N features of every row. It holds STAGES tiles of the weight, with WHOLE all there are."""
     begin_dependents(PDL)
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
