@@ -19,10 +19,8 @@ import asyncio
 import functools
 import json
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from bench.provenance import provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
 from worker.client import EngineClient, EngineEndpoint, EngineRequest
@@ -139,17 +138,12 @@ def drive(wanted: list[str], result_file: str, endpoint: EngineEndpoint, connect
     asyncio.run(main())
 
 
-def provenance(config: EngineConfig) -> dict[str, object]:
+def origin(config: EngineConfig) -> dict[str, object]:
     """Where and from what the figures come."""
     import torch
 
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": " ".join(["python", "-m", "bench.engine", *sys.argv[1:]]),
-        "commit": commit or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+    return provenance("bench.engine") | {
+        **({"hardware": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "config": config.model_dump(mode="json", exclude_defaults=True, exclude={"model"}),
     }
@@ -178,7 +172,7 @@ def main() -> int:
             on_ready=lambda facts, seconds: ready.append(seconds),
         )
         results = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-        results |= {"size": arguments.size, "ready_s": ready[0] if ready else None} | provenance(config)
+        results |= {"size": arguments.size, "ready_s": ready[0] if ready else None} | origin(config)
     print(f"ready after {ready[0]:.1f} s" if ready else "never ready")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
