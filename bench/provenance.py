@@ -13,7 +13,7 @@ from typing import Any
 
 
 def provenance(module: str) -> dict[str, Any]:
-    """The command (`module` as given to `python -m`), what was on trial, commit, date, hardware, and its load before."""
+    """The command (`module` as given to `python -m`), what is on trial, commit, date, hardware, and its load before."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
