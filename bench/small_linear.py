@@ -108,10 +108,10 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
         if default is not None:
             yield Variant(default, norm)
     if rows <= 4:
-        for warps, blocks in ((2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
+        for warps, blocks in ((1, (2, 4)), (2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
             for block_n in blocks:
                 fills = layer.n // block_n >= 120 and 256 * warps < 2 * layer.k
-                if fills and block_n <= (16, 8, 8)[rows // 2] and not (warps == 2 and layer.k > 3072):
+                if fills and block_n <= (16, 8, 8)[rows // 2] and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
                     for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages), layer.norm)
     if rows >= 4:
