@@ -18,8 +18,9 @@ The first weights are requested before the kernel waits for its inputs (`model.k
 tells how many more. Which layers use these kernels, and how they are cut, is for `model.kernels.linear` to say.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton gives annotations a meaning of its own, so that pointers in kernels have comments instead.)
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+# (Triton gives annotations a meaning of its own, so that pointers in kernels have comments instead, and knows no lists:
+# what a loop collects is a tuple that grows.)
 
 from __future__ import annotations
 
@@ -297,20 +298,20 @@ def _fma_kernel(
     gains = ()
     for stage in tl.static_range(STAGES):
         here = stage * BLOCK_K + column
-        held = held + (_load_tile(weights + stage * BLOCK_K, owned, here, k, EVEN_N, EVEN_K),)  # type: ignore  # noqa: RUF005
-        gains = gains + (_load_gain(norm_ptr, here, k, NORM),)  # type: ignore  # noqa: RUF005
+        held = held + (_load_tile(weights + stage * BLOCK_K, owned, here, k, EVEN_N, EVEN_K),)
+        gains = gains + (_load_gain(norm_ptr, here, k, NORM),)
     sums = ()
     squares = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)  # type: ignore  # noqa: RUF005
-        squares = squares + (tl.zeros([1, BLOCK_K // 8], tl.float32),)  # type: ignore  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)
+        squares = squares + (tl.zeros([1, BLOCK_K // 8], tl.float32),)
     wait(PDL)
 
     if WHOLE:
         xs = ()
         for stage in tl.static_range(STAGES):
             rows_of = _load_rows(x_ptr, residual_ptr, rows, stage * BLOCK_K + column, k, ROWS, ADD)
-            xs = xs + (rows_of,)  # type: ignore  # noqa: RUF005
+            xs = xs + (rows_of,)
         for stage in tl.static_range(STAGES):
             sums, squares = _multiply(sums, squares, held[stage], gains[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K, NORM)
         for stage in tl.static_range(STAGES):
@@ -326,8 +327,8 @@ def _fma_kernel(
                 # Into the registers of what was just used, while the other stages are still on their way.
                 ahead = start + (STAGES + stage) * BLOCK_K
                 tile_ahead = _load_tile(weights + ahead, owned, ahead + column, k, EVEN_N, False)
-                next_held = next_held + (tile_ahead,)  # type: ignore  # noqa: RUF005
-                next_gains = next_gains + (_load_gain(norm_ptr, ahead + column, k, NORM),)  # type: ignore  # noqa: RUF005
+                next_held = next_held + (tile_ahead,)
+                next_gains = next_gains + (_load_gain(norm_ptr, ahead + column, k, NORM),)
                 _store_rows(x, total_ptr, tile, rows, here, k, ROWS, ADD)
             held = next_held
             gains = next_gains
@@ -343,12 +344,12 @@ def _load_rows(x_ptr, residual_ptr, rows, column, k, ROWS: tl.constexpr, ADD: tl
     dtype = x_ptr.dtype.element_ty
     xs = ()
     for r in tl.static_range(ROWS):
-        xs = xs + (_load_row(x_ptr, r, rows, column, k),)  # type: ignore  # noqa: RUF005
+        xs = xs + (_load_row(x_ptr, r, rows, column, k),)
     if ADD:
         totals = ()
         for r in tl.static_range(ROWS):
             total = xs[r] + _load_row(residual_ptr, r, rows, column, k)
-            totals = totals + (total.to(dtype).to(tl.float32),)  # type: ignore  # noqa: RUF005
+            totals = totals + (total.to(dtype).to(tl.float32),)
         xs = totals
     return xs
 
@@ -385,10 +386,10 @@ def _multiply(
         x = xs[r]
         if NORM:
             of_row = tl.sum(tl.reshape(x * x, (1, BLOCK_K // 8, 8)), axis=2)
-            new_squares = new_squares + (squares[r] + of_row,)  # type: ignore  # noqa: RUF005
+            new_squares = new_squares + (squares[r] + of_row,)
             x = x * gain
         products = tl.reshape(wide * x[None, :], (BLOCK_N, BLOCK_K // 8, 8))
-        new_sums = new_sums + (sums[r] + tl.sum(products, axis=2),)  # type: ignore  # noqa: RUF005
+        new_sums = new_sums + (sums[r] + tl.sum(products, axis=2),)
     return new_sums, (new_squares if NORM else squares)
 
 
