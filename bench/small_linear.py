@@ -309,14 +309,14 @@ class Result:
         return [replace(self.best, pdl=False), replace(self.best, tiling=prefetched)]
 
     def entries(self) -> dict[Work, str]:
-        """The lines of the table. Where a norm is better a kernel of its own, two: without it, the layer is another."""
+        """The lines of the table. Where a norm is better a kernel of its own, two: behind it, the layer is another."""
         best, layer = self.best, self.layer
         us, tiling = self.times[best], best.tiling
         numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages]
         chosen = f'Tiling("{tiling.form}", {", ".join(map(str, [*numbers, tiling.prefetch]))})'
         pays = us < 0.98 * self.separate
         entries = {}
-        for norm in sorted({best.norm, layer.norm}):
+        for norm in sorted({layer.norm, best.norm and pays}, reverse=True):
             work = layer.work(self.rows, norm=norm)
             fused = "".join(f", {part}=True" for part in ("norm", "gated") if getattr(work, part))
             value = chosen if pays and norm == best.norm else "None"
