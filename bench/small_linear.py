@@ -78,7 +78,7 @@ class Variant:
         tiling = self.tiling
         text = f"{tiling.form}{tiling.rows} {tiling.block_n}x{tiling.block_k} w{tiling.warps}"
         text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.form == "dot" else "")
-        return text + (" prefetch" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
+        return text + (f" prefetch {tiling.prefetch}" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
 
 
 def layers_of(model: str, folder: Path) -> list[Layer]:
@@ -303,10 +303,12 @@ class Result:
         return next(variant for variant in self.ranked if variant.pdl)
 
     def further(self) -> list[Variant]:
-        """The best one in other ways: without PDL, and with a part of each weight row prefetched."""
-        tiling = self.best.tiling
-        prefetched = replace(tiling, prefetch=min(1024, triton.next_power_of_2(self.layer.k // tiling.splits)))
-        return [replace(self.best, pdl=False), replace(self.best, tiling=prefetched)]
+        """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
+        tiling, k = self.best.tiling, self.layer.k
+        ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
+        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - {tiling.prefetch} if ahead >= 64 else ()
+        prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
+        return [replace(self.best, pdl=False), *prefetched]
 
     def entries(self) -> dict[Work, str]:
         """The lines of the table. Where a norm is better a kernel of its own, two: behind it, the layer is another."""

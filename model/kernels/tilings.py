@@ -31,7 +31,10 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType({})
 
 
 def tiling_for(rows: int, n: int, k: int, *, norm: bool, gated: bool) -> Tiling | None:
-    """Return how to launch a linear layer for so many rows, or None where separate kernels are to be used."""
+    """Return how to launch a linear layer for so many rows.
+
+    None where separate kernels are to be used: they are faster, the rows too many, or k is not divisible by 8.
+    """
     row_class = next((most for most in ROW_CLASSES if rows <= most), None)
     if row_class is None or k % 8:
         return None
