@@ -35,7 +35,7 @@ from worker.client import EngineClient, EngineEndpoint, EngineRequest
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Drain, Progress, Stop, Up
 from worker.messages import EngineInfo, SamplingParams
-from worker.supervisor import serve
+from worker.supervisor import Facts, serve
 
 BATCHES = (1, 8, 64, 256)
 REPEATS = 3
@@ -138,6 +138,24 @@ def drive(wanted: list[str], result_file: str, endpoint: EngineEndpoint, connect
     asyncio.run(main())
 
 
+class Phases:
+    """What a start's time goes to, by what the first rank says it does; before it says anything, it starts."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._what = "starting"
+        self.seconds: dict[str, float] = {}
+
+    def note(self, process: str, progress: Progress) -> None:
+        now = time.monotonic()
+        self.seconds[self._what] = self.seconds.get(self._what, 0.0) + now - self._since
+        self._since, self._what = now, progress.what
+
+    def end(self) -> None:
+        """Close the last phase."""
+        self.note("", Progress(""))
+
+
 def origin(config: EngineConfig) -> dict[str, object]:
     """Where and from what the figures come."""
     import torch
@@ -164,23 +182,30 @@ def main() -> int:
         config = EngineConfig.model_validate(options)
         result_file = Path(scratch) / "results.json"
         ready: list[float] = []
+        phases = Phases()
+
+        def on_ready(facts: Facts, seconds: float) -> None:
+            phases.end()
+            ready.append(seconds)
+
         code = serve(
             config,
             functools.partial(drive, arguments.only, str(result_file)),
             drain_timeout_s=5.0,
-            on_progress=_ignore,
-            on_ready=lambda facts, seconds: ready.append(seconds),
+            on_progress=phases.note,
+            on_ready=on_ready,
         )
         results = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-        results |= {"size": arguments.size, "ready_s": ready[0] if ready else None} | origin(config)
-    print(f"ready after {ready[0]:.1f} s" if ready else "never ready")
+        results |= {"size": arguments.size, "ready_s": ready[0] if ready else None, "phases_s": phases.seconds}
+        results |= origin(config)
+    if ready:
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
+        print(f"ready after {ready[0]:.1f} s: {spent}")
+    else:
+        print("never ready")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return code
-
-
-def _ignore(name: str, progress: Progress) -> None:
-    """Loading is not what is measured here."""
 
 
 if __name__ == "__main__":

@@ -245,6 +245,11 @@ class Qwen3ForCausalLM(nn.Module):
         """[rows, hidden] to [rows, vocab_size] in the model's dtype, contiguous, the same on every rank."""
         return self.lm_head(hidden_states)
 
+    def compute_logits_share(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to [ceil(rows / tp.size), vocab_size]: those rows of `compute_logits` that `sample_share` of
+        this rank draws from."""
+        return self.lm_head.forward_share(hidden_states)
+
     @property
     def graphs(self) -> CapturedSteps:
         """Which steps may be captured in a CUDA graph; the attention backend decides."""

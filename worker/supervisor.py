@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from model.config import Qwen3Config
+from model.errors import ModelError
 from worker.channel import private_endpoint
 from worker.children import (
     Child,
@@ -74,6 +76,7 @@ def serve(
     Raises:
         ConfigError: a process gave up for a reason that a user can mend.
     """
+    _check_model(config)
     children, vitals = Children(on_progress, set_up_logging), vitals or Vitals()
     with signals() as (wakeup, received):
         if config.node_rank > 0:
@@ -82,6 +85,14 @@ def serve(
             return Member(config, drain_timeout_s, children, on_ready, vitals).run(wakeup, received)
         supervisor = _Supervisor(config, gateway, drain_timeout_s, children, on_ready, vitals)
         return supervisor.run(wakeup, received)
+
+
+def _check_model(config: EngineConfig) -> None:
+    """Tell what config.json alone can tell before any process is started: starting one takes seconds."""
+    try:
+        Qwen3Config.from_folder(config.model).check_parallel(config.tensor_parallel_size)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
 
 
 class _Supervisor:

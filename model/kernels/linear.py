@@ -19,18 +19,25 @@ from model.kernels.tilings import tiling_for
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    gated: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias, and with `gated` silu of its first half of features times the second half.
 
-    x: [rows, k], contiguous. weight: [n, k], or as `packed.pack` made it. bias: [n].
+    x: [rows, k], contiguous. weight: [n, k], or as `packed.pack` made it. bias: [n]. `out` is where the result goes if
+    nothing speaks against it.
     """
     tiling = _tiling(x, weight, norm=False, gated=gated)
     if tiling is not None:
-        out, _ = small_linear_triton(x, weight, bias, gated=gated, tiling=tiling, pdl=bool(dependent_launch(x)))
-        return out
-    out = packed.linear(x, weight, bias)
-    return silu_and_mul(out) if gated else out
+        pdl = bool(dependent_launch(x))
+        return small_linear_triton(x, weight, bias, gated=gated, out=out, tiling=tiling, pdl=pdl)[0]
+    if gated:
+        return silu_and_mul(packed.linear(x, weight, bias))
+    return packed.linear(x, weight, bias, out=out)
 
 
 def norm_linear(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.kernels.runtime import jit, tl, triton
+from model.kernels.runtime import jit, jit_once, tl, triton
 
 if TYPE_CHECKING:
     from model.sampler import SamplingTables
@@ -104,7 +104,7 @@ def sample_triton(
     return tokens
 
 
-@jit
+@jit_once("slots_ptr", "lengths_ptr")  # a share of the rows may begin anywhere
 def _score_kernel(
     logits_ptr,  # [rows, vocab_size]
     slots_ptr,  # [rows] int32
@@ -173,7 +173,7 @@ def _score_kernel(
     tl.store(tile_token_ptr + place, tl.where(unusable, -1, best_token))
 
 
-@jit
+@jit_once("slots_ptr", "lengths_ptr")
 def _choose_kernel(
     slots_ptr,  # [rows] int32
     lengths_ptr,  # [rows] int32

@@ -96,19 +96,22 @@ def small_linear_triton(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     gated: bool = False,
+    out: torch.Tensor | None = None,
     tiling: Tiling,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `small_linear_torch`, for as many rows as the tiling takes, k divisible by 8, and a residual only with a norm.
 
+    The first result is written to `out`, contiguous and of its shape and dtype, where that is given.
     `pdl` makes it a dependent launch, for which a GPU of compute capability 9 or later is needed.
     """
     rows, (n, k) = x.shape[0], weight.shape
     assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
     assert residual is None or norm is not None, "a residual is added for a norm"
-    assert all(t.is_contiguous() for t in (x, weight, residual) if t is not None), "x, weight, residual: contiguous"
+    assert all(t.is_contiguous() for t in (x, weight, residual, out) if t is not None), "tensors must be contiguous"
     assert k % 8 == 0, f"rows of {k} elements are not aligned"
-    out = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
     # A pointer that nothing is read through stands for what is not given.
     pointers = (

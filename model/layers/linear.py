@@ -144,7 +144,8 @@ class RowParallelLinear(ShardedModule):
         """This rank's [tokens, in_features / size] to the whole [tokens, out_features], the same on every rank."""
         if self._tp.size == 1:
             return linear(x, self.weight, self.bias)
-        out = self._tp.all_reduce(linear(x, self.weight))
+        room = self._tp.room_for_summand(torch.Size((x.shape[0], self.weight.shape[0])), x.dtype)
+        out = self._tp.all_reduce(linear(x, self.weight, out=room))
         return out if self.bias is None else out.add_(self.bias)
 
     def finish(self) -> None:

@@ -54,3 +54,13 @@ def test_equals_one_process(outcome: tuple[list[Path], Path], number: int, size:
     assert error <= 1e-4
     assert torch.equal(ranks[0].argmax(-1), alone.argmax(-1))
     assert all(torch.equal(ranks[0], other) for other in ranks[1:])
+
+
+@pytest.mark.parametrize("size", parallel_rank.SIZES)
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=[name.replace(" ", "-") for name in SHAPES])
+def test_a_sum_in_one_shot_is_the_same_sum(outcome: tuple[list[Path], Path], number: int, size: int) -> None:
+    _, results = outcome
+    for rank in range(size):
+        logits = load_file(results / f"{size}-{number}-{rank}.safetensors")
+        error = (logits["one shot"] - logits["logits"]).abs().max() / logits["logits"].abs().max()
+        assert error <= 1e-5

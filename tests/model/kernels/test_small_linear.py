@@ -89,9 +89,11 @@ def test_small_linear(triton_device: torch.device, dtype: torch.dtype, tiling: T
         for rows in {max(tiling.rows - 1, 1), *([tiling.rows] if ON_GPU else [])}:
             arguments = inputs(layer, rows, n, k, dtype, triton_device)
             before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-            out, total = small_linear_triton(**arguments, tiling=tiling, pdl=is_hopper(triton_device))
+            memory = poisoned(rows, n // 2 if layer.gated else n, dtype=dtype, device=triton_device)
+            out, total = small_linear_triton(**arguments, out=memory, tiling=tiling, pdl=is_hopper(triton_device))
             expected, expected_total = small_linear_torch(**arguments)
-            assert out.dtype == total.dtype == dtype
+            assert out is memory
+            assert total.dtype == dtype
             assert relative_error(out, exact(arguments)) < 2 * TOLERANCE[dtype], (n, k, rows)
             if not layer.norm:  # whose rounding differs
                 assert relative_error(out, expected) < 4 * MATCH[dtype], (n, k, rows)
