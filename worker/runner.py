@@ -19,6 +19,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.runtime import on_trial
+from model.kernels.tilings import ROW_CLASSES
 from model.one_shot import OneShotAllReduce, largest_numel, obstacle
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
@@ -180,8 +181,12 @@ class Runner:
     def warm_up(self) -> None:
         """Run eager steps of every kind on dead rows, so that no request waits for a kernel to be compiled."""
         many = self._runtime.max_running
-        for decode_rows, chunk_lens in ((0, (16,)), (1, (16,)), (1, ()), (many - 1, (16,)), (many, ())):
-            self.launch(self._dead_plan(decode_rows, chunk_lens))
+        few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
+        for decode_rows in (*few, many):
+            self.launch(self._dead_plan(decode_rows))
+            self.collect()
+        for decode_rows in (0, 1, many - 1):
+            self.launch(self._dead_plan(decode_rows, chunk_lens=(16,)))
             self.collect()
 
     @torch.inference_mode()

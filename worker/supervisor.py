@@ -23,8 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from model.config import Qwen3Config
-from model.errors import ModelError
 from worker.channel import private_endpoint
 from worker.children import (
     Child,
@@ -90,6 +88,9 @@ def serve(
 
 def _check_model(config: EngineConfig) -> None:
     """Tell what config.json alone can tell before any process is started: starting one takes seconds."""
+    from model.config import Qwen3Config  # not by importing this module, which a gateway does too
+    from model.errors import ModelError
+
     try:
         Qwen3Config.from_folder(config.model).check_parallel(config.tensor_parallel_size)
     except ModelError as error:

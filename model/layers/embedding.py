@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from model.kernels.packed import linear, pack
+from model.kernels.linear import linear
+from model.kernels.packed import pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
 from model.parallel import TensorParallel
 

@@ -14,7 +14,17 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from model.one_shot import OneShotAllReduce
 from model.parallel import TensorParallel
-from tests.model.helpers import TINY, PagedCache, PagedSequence, load, random_ids, run, unpack
+from tests.model.helpers import (
+    TINY,
+    PagedCache,
+    PagedSequence,
+    fused_launches,
+    interpreted,
+    load,
+    random_ids,
+    run,
+    unpack,
+)
 
 WORLD_SIZE = 4
 SIZES = (2, 4)
@@ -25,11 +35,14 @@ FEW_TOKENS = 3
 """Steps of no more are summed in one shot: the decode step, but no prefill."""
 
 
-def logits_of(folder: Path, tp: TensorParallel) -> torch.Tensor:
-    """Prefill two sequences, one in chunks, then decode both: the logits of all steps, [tokens, vocab]."""
+def logits_of(folder: Path, tp: TensorParallel, *, packed: bool = True) -> torch.Tensor:
+    """Prefill two sequences, one in chunks, then decode both: the logits of all steps, [tokens, vocab].
+
+    `packed` weights are for oneDNN alone, and what they give goes where it likes.
+    """
     model = load(folder, tp=tp)
-    if tp.one_shot is not None:
-        unpack(model)  # what packed weights give goes where it likes
+    if not packed:
+        unpack(model)
     cache = PagedCache(model.config, tp_size=tp.size)
     first, second = PagedSequence(), PagedSequence()
     steps = [
@@ -85,7 +98,7 @@ def one_shot_logits_of(folder: Path, tp: TensorParallel) -> torch.Tensor:
     ):
         numel = FEW_TOKENS * TINY["hidden_size"]
         one_shot = OneShotAllReduce(tp.group, numel=numel, dtype=torch.float32, device=torch.device("cpu"))
-        logits = logits_of(folder, replace(tp, one_shot=one_shot))
+        logits = logits_of(folder, replace(tp, one_shot=one_shot), packed=False)
     layers = TINY["num_hidden_layers"]
     assert (double.calls, double.written_in_place) == (1 + 2 * layers, 2 * layers)  # the first is the embedding's
     return logits
@@ -106,6 +119,9 @@ def main(rank: int, rendezvous: str, folders: list[str], results: str) -> None:
                 for number, folder in enumerate(folders):
                     tp = TensorParallel(rank, size, group)
                     logits = {"logits": logits_of(Path(folder), tp), "one shot": one_shot_logits_of(Path(folder), tp)}
+                    if interpreted():
+                        with fused_launches():
+                            logits["fused"] = logits_of(Path(folder), tp, packed=False)
                     save_file(logits, Path(results) / f"{size}-{number}-{rank}.safetensors")
         dist.barrier()
     finally:

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from model.weights import load_model
-from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, requests, whole_prompt
+from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, prompt_chunk, requests
 
 SIZE = 2
 
 
-def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tensor:
-    """bf16 logits of a whole prompt: [tokens, vocab]."""
+def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | None = None) -> torch.Tensor:
+    """bf16 logits of a prompt, computed whole or in steps of so many tokens: [tokens, vocab]."""
     shape = Qwen3Config.from_folder(folder)
     device = torch.device("cuda", tp.rank)
     model = load_model(
@@ -36,8 +36,14 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tens
     )
     cache_shape = (shape.num_hidden_layers, 2, MAX_LEN // BLOCK, BLOCK, shape.kv_heads_per_rank(tp.size), 128)
     cache = torch.zeros(cache_shape, dtype=torch.bfloat16, device=device)
+    chunks = ids.split(step or len(ids))
     with torch.inference_mode():
-        return model.compute_logits(model(whole_prompt(ids, device), cache))
+        return torch.cat(
+            [
+                model.compute_logits(model(prompt_chunk(chunk, number * len(chunks[0]), device), cache))
+                for number, chunk in enumerate(chunks)
+            ]
+        )
 
 
 def main(rank: int, rendezvous: str, folder: str, results: str, trials: str) -> None:
@@ -50,7 +56,8 @@ def main(rank: int, rendezvous: str, folder: str, results: str, trials: str) -> 
     )
     tp = TensorParallel(rank, SIZE, dist.group.WORLD)
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
-    save_file({"logits": logits_of(Path(folder), tp, ids).cpu()}, Path(results) / f"logits-{rank}.safetensors")
+    logits = {"whole": logits_of(Path(folder), tp, ids), "few tokens a step": logits_of(Path(folder), tp, ids[:60], 3)}
+    save_file({name: of.cpu() for name, of in logits.items()}, Path(results) / f"logits-{rank}.safetensors")
     runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
     assert (runner._tp.one_shot is not None) == ("symmetric_memory" in trials), "see the log for why"
     tokens = generate(runner, shape, requests(8, temperature=0.0))
