@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, jit_once, tl, triton
 
 if TYPE_CHECKING:
@@ -66,12 +67,15 @@ def sample_triton(
         tables.min_length,
         tables.counts,
     )
+    dependent = dependent_launch(logits)
     settings = {
         "MIN_TEMPERATURE": MIN_TEMPERATURE,
         "GROUP": _GROUP,
         "STOP_IDS": tables.stop_ids.shape[1],
         "APPROX": logits.is_cuda,
+        "PDL": bool(dependent),
         "enable_fp_fusion": False,  # round as torch does
+        **dependent,
     }
     _score_kernel[(num_tiles, rows)](
         *inputs,
@@ -128,7 +132,10 @@ def _score_kernel(
     GROUP: tl.constexpr,
     STOP_IDS: tl.constexpr,
     APPROX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
+    wait(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     group = tile * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
@@ -196,7 +203,10 @@ def _choose_kernel(
     GROUP: tl.constexpr,
     STOP_IDS: tl.constexpr,
     APPROX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     is_tile = tile < num_tiles

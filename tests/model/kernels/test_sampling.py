@@ -157,8 +157,10 @@ def test_a_token_depends_on_neither_row_nor_batch(triton_device: torch.device) -
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph(triton_device: torch.device) -> None:
+@pytest.mark.parametrize("trials", ["", "pdl"])
+def test_in_a_cuda_graph(triton_device: torch.device, trials: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that change between replays are followed."""
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
     tables = mixed_tables(triton_device)
     slots = torch.arange(ROWS, device=triton_device) % SLOTS
     lengths = torch.ones(ROWS, dtype=torch.int32, device=triton_device)
