@@ -19,10 +19,8 @@ import asyncio
 import functools
 import json
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from bench.provenance import provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
 from worker.client import EngineClient, EngineEndpoint, EngineRequest
@@ -157,17 +156,12 @@ class Phases:
         self.note("", Progress(""))
 
 
-def provenance(config: EngineConfig) -> dict[str, object]:
+def origin(config: EngineConfig) -> dict[str, object]:
     """Where and from what the figures come."""
     import torch
 
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": " ".join(["python", "-m", "bench.engine", *sys.argv[1:]]),
-        "commit": commit or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+    return provenance("bench.engine") | {
+        **({"hardware": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "config": config.model_dump(mode="json", exclude_defaults=True, exclude={"model"}),
     }
@@ -203,7 +197,7 @@ def main() -> int:
         )
         results = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
         results |= {"size": arguments.size, "ready_s": ready[0] if ready else None, "phases_s": phases.seconds}
-        results |= provenance(config)
+        results |= origin(config)
     if ready:
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
         print(f"ready after {ready[0]:.1f} s: {spent}")

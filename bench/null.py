@@ -4,7 +4,8 @@ A real leader, in a process of its own, whose runner answers at once: every step
 Two ways from there, each with 1, 64 and 256 requests at a time:
 
 - engine: scheduler, plan, socket, engine client, streams; no gRPC;
-- gateway: the same, then the gateway's process (detokenizing, gRPC) and `lightqwen bench` as its client.
+- gateway: the same, then the gateway's process (detokenizing, gRPC), or `--gateways` of them, and `lightqwen bench` as
+  their client, with eight connections for each where they are several.
 
 Tokens per second, and the CPU that each process spends for a token. The leader waits for nobody, so the gateway is
 always behind and sends what has come meanwhile in one chunk: `chunks_s` is what it can do, `tokens_per_chunk` how far
@@ -25,7 +26,8 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ import model.demo
 from bench.provenance import provenance
 from bench.workloads import Job, uniform
 from service.config import ServeConfig
+from service.ports import hold_port
 from service.server import run_gateway
 from worker.channel import GatewayChannel, private_endpoint
 from worker.client import EngineClient, EngineEndpoint, EngineRequest
@@ -46,7 +49,7 @@ from worker.plan import StepPlan
 from worker.scheduler import Scheduler, SchedulerLimits
 
 CHECKPOINT = Path(model.demo.__file__).parent
-VOCAB_SIZE, MAX_MODEL_LEN, BLOCK_SIZE = 1024, 4096, 64
+VOCAB_SIZE, MAX_MODEL_LEN, BLOCK_SIZE = 4096, 4096, 64  # the vocabulary is the checkpoint's
 TOKEN = 300  # a word like any other
 PROMPT_TOKENS = 128
 READY_TIMEOUT_S = 60.0
@@ -158,15 +161,23 @@ def measure_engine(rows: int, output_tokens: int) -> dict[str, float]:
 # ---- with it ---------------------------------------------------------------------------------------------------------
 
 
-def measure_gateway(rows: int, output_tokens: int) -> dict[str, float]:
+def measure_gateway(rows: int, output_tokens: int, gateways: int) -> dict[str, float]:
     endpoint = private_endpoint("null")
-    config = ServeConfig(model=str(CHECKPOINT), port=0, metrics_port=-1, health_port=-1, log_level="error")
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    control = SupervisorEnd(ours)
-    with started(run_leader, endpoint, rows) as leader, started(run_gateway, config, endpoint, theirs) as gateway:
-        address = _wait_up(control)
-        leader_before, gateway_before = cpu_seconds(leader), cpu_seconds(gateway)
-        result = _bench(address, rows, output_tokens)
+    with ExitStack() as stack:
+        leader = stack.enter_context(started(run_leader, endpoint, rows))
+        port = stack.enter_context(hold_port("127.0.0.1", 0, "--port")) if gateways > 1 else 0
+        config = ServeConfig(
+            model=str(CHECKPOINT), port=port, gateways=gateways, metrics_port=-1, health_port=-1, log_level="error"
+        )
+        controls, processes = [], []
+        for number in range(gateways):
+            ours, theirs = multiprocessing.get_context("spawn").Pipe()
+            run = partial(run_gateway, config, endpoint, theirs, number=number)
+            processes.append(stack.enter_context(started(run)))
+            controls.append(SupervisorEnd(ours))
+        address, *_ = [_wait_up(control) for control in controls]  # the same of all
+        leader_before, gateways_before = cpu_seconds(leader), sum(map(cpu_seconds, processes))
+        result = _bench(address, rows, output_tokens, connections=8 * gateways if gateways > 1 else 1)
         tokens = result["output_tokens"]
         figures = {
             "tok_s": result["output_tokens_per_s"],
@@ -174,11 +185,12 @@ def measure_gateway(rows: int, output_tokens: int) -> dict[str, float]:
             "tokens_per_chunk": tokens / result["arrivals"],
             "ttft_ms_p50": result["ttft"]["p50"],
             "leader_us_per_token": (cpu_seconds(leader) - leader_before) / tokens * 1e6,
-            "gateway_us_per_token": (cpu_seconds(gateway) - gateway_before) / tokens * 1e6,
+            "gateway_us_per_token": (sum(map(cpu_seconds, processes)) - gateways_before) / tokens * 1e6,
             "client_us_per_token": sum(result["client_cpu_shares"]) * result["duration_s"] / tokens * 1e6,
         }
-        control.send(Stop())
-        gateway.join(5)
+        for control, process in zip(controls, processes, strict=True):
+            control.send(Stop())
+            process.join(5)
     return figures
 
 
@@ -192,11 +204,12 @@ def _wait_up(control: SupervisorEnd) -> str:
     raise RuntimeError("the gateway did not come up")
 
 
-def _bench(address: str, rows: int, output_tokens: int) -> dict[str, Any]:
+def _bench(address: str, rows: int, output_tokens: int, *, connections: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         load = ["--num-requests", str(rows), "--input-len", str(PROMPT_TOKENS), "--output-len", str(output_tokens)]
         command = [sys.executable, "-m", "service.cli", "bench", "--target", address, *load, "--warmup", "0"]
+        command += ["--connections", str(connections)]
         subprocess.run(
             [*command, "--json", str(file)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -210,12 +223,16 @@ def main() -> int:
     parser.add_argument(
         "--tokens", type=int, default=200_000, help="output tokens of a measurement (default: %(default)s)"
     )
+    parser.add_argument("--gateways", type=int, default=1, metavar="N", help="gateway processes (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
     report = provenance("bench.null")
     for rows in arguments.rows:
         output_tokens = min(MAX_MODEL_LEN - PROMPT_TOKENS, max(1, arguments.tokens // rows))
-        for name, measure in (("engine", measure_engine), ("gateway", measure_gateway)):
+        for name, measure in (
+            ("engine", measure_engine),
+            ("gateway", partial(measure_gateway, gateways=arguments.gateways)),
+        ):
             figures = report[f"{name}_{rows}"] = measure(rows, output_tokens)
             print(f"{rows:4d} {name:8s}", *(f"{key} {value:,.1f}" for key, value in figures.items()), flush=True)
     if arguments.json is not None:

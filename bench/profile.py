@@ -3,7 +3,8 @@
 One process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
 step: the wall time, what the host spends on planning, launching and retiring, and, from a second pass under PyTorch's
 profiler, how long the device is busy with each group of kernels and how long it idles. `--prefill` takes whole prompts
-of so many tokens instead, one step each.
+of so many tokens instead, one step each. Dependent launches (`pdl` on trial) begin while others run and count from then
+on: groups then add up to more than the device is busy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.provenance import provenance, trials
 from bench.shapes import SIZES, write_config
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
@@ -242,11 +244,13 @@ def main() -> int:
         engine = Engine(EngineConfig.model_validate(options))
         profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
         profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
-    print(f"{arguments.size} on {torch.cuda.get_device_name()}")
+    print(f"{arguments.size} on {torch.cuda.get_device_name()}, on trial: {trials() or 'nothing'}")
     for one in profiles:
         print("\n".join(one.lines()))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(one) for one in profiles], indent=1) + "\n", encoding="utf-8")
+        report = provenance("bench.profile") | {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__}
+        report["profiles"] = [asdict(one) for one in profiles]
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Where figures come from: what every benchmark on a CPU writes beside them."""
+"""Where figures come from: what every benchmark writes beside them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from typing import Any
 
 
 def provenance(module: str) -> dict[str, Any]:
-    """The command (`module` as given to `python -m`), commit, date, hardware, and how busy the machine was before."""
+    """The command (`module` as given to `python -m`), what is on trial, commit, date, hardware, and its load before."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "trials": trials(),
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{_processor()}, {os.cpu_count()} cores",
         "load_average_before": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
     }
+
+
+def trials() -> str:
+    """What is on trial in this process and those that it starts, as LIGHTQWEN_TRIALS names it."""
+    return os.environ.get("LIGHTQWEN_TRIALS", "")
 
 
 def _processor() -> str:

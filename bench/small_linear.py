@@ -4,8 +4,8 @@ For every linear layer of the chosen models and 1 to 16 rows, each tiling is tim
 the separate norm and SiLU kernels. As in `bench.kernels`, launches over rotated weights that exceed the L2 cache are
 captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
 dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
-each other. What comes out are entries of a table from (rows, n, k, what is fused) to a tiling. On an H100 or H200 with
-16 cores it should take one to two minutes, half of them for compiling.
+each other. What comes out are the entries of `MEASURED` in model/kernels/tilings.py. For all three models some 500
+kernels are compiled first, in as many processes as there are cores, and some 1,000 launches timed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,13 +30,13 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from bench.provenance import provenance
 from bench.shapes import write_config
 from model.kernels.activation import silu_and_mul
-from model.kernels.norm import add_rms_norm, rms_norm
+from model.kernels.norm import add_rms_norm
 from model.kernels.small_linear import Tiling, small_linear_triton
+from model.kernels.tilings import ROW_CLASSES, Work, default_tiling
 
-ROW_CLASSES = (1, 2, 4, 8, 16)
-"""Numbers of rows that are measured; in between, the next one counts, so that a padded batch has the same launch."""
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
 ROTATED_BYTES = 160 << 20
 LAUNCHES, REPLAYS = 24, 7
@@ -55,7 +57,9 @@ class Layer:
     k: int
     norm: bool = False
     gated: bool = False
-    residual: bool = False
+
+    def work(self, rows: int, *, norm: bool) -> Work:
+        return Work(rows, self.n, self.k, norm, self.gated)
 
     @property
     def num_bytes(self) -> int:
@@ -73,9 +77,8 @@ class Variant:
     def __str__(self) -> str:
         tiling = self.tiling
         text = f"{tiling.form}{tiling.rows} {tiling.block_n}x{tiling.block_k} w{tiling.warps}"
-        if tiling.form == "dot":
-            text += f" s{tiling.stages} /{tiling.splits}"
-        return text + (" prefetch" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
+        text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.form == "dot" else "")
+        return text + (f" prefetch {tiling.prefetch}" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
 
 
 def layers_of(model: str, folder: Path) -> list[Layer]:
@@ -85,29 +88,37 @@ def layers_of(model: str, folder: Path) -> list[Layer]:
     hidden, inter = config["hidden_size"], config["intermediate_size"] // tp
     q_dim = config["num_attention_heads"] * config["head_dim"] // tp
     kv_dim = config["num_key_value_heads"] * config["head_dim"] // tp
-    alone = tp == 1  # with several ranks, an all-reduce comes between a projection and the residual and norm after it
     return [
-        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, norm=alone),
-        Layer(model, "o", hidden, q_dim, residual=alone),
-        Layer(model, "gate_up", 2 * inter, hidden, norm=alone, gated=True),
-        Layer(model, "down", hidden, inter, residual=alone),
+        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, norm=True),
+        Layer(model, "o", hidden, q_dim),
+        Layer(model, "gate_up", 2 * inter, hidden, norm=True, gated=True),
+        Layer(model, "down", hidden, inter),
         Layer(model, "lm_head", config["vocab_size"] // tp, hidden),
     ]
 
 
-def variants_for(layer: Layer, rows: int) -> Iterator[Variant]:
-    """Yield what is worth trying: enough programs to fill the GPU, tiles no wider than the layer."""
+def variants_for(layer: Layer, rows: int) -> list[Variant]:
+    """Return what is worth trying, each once: the default, and what fills the GPU with tiles the layer has room for."""
+    return list(dict.fromkeys(_variants(layer, rows)))
+
+
+def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
+    for norm in {layer.norm, False}:
+        default = default_tiling(layer.work(rows, norm=norm))
+        if default is not None:
+            yield Variant(default, norm)
     if rows <= 4:
-        for warps, blocks in ((2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
+        for warps, blocks in ((1, (2, 4)), (2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
             for block_n in blocks:
                 fills = layer.n // block_n >= 120 and 256 * warps < 2 * layer.k
-                fits = block_n <= (16, 8, 8)[rows // 2] and not (warps == 2 and block_n * rows > 16)
-                if fills and fits and not (warps == 2 and layer.k > 3072) and not (warps == 16 and layer.k < 3072):
-                    yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps), layer.norm)
+                if fills and block_n <= (16, 8, 8)[rows // 2] and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
+                    for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
+                        yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages), layer.norm)
     if rows >= 4:
         for block_n, block_k, warps, stages in (
             (16, 256, 1, 4),
             (32, 256, 2, 4),
+            (32, 256, 4, 4),
             (64, 128, 4, 4),
             (64, 256, 4, 3),
             (128, 128, 8, 4),
@@ -117,11 +128,60 @@ def variants_for(layer: Layer, rows: int) -> Iterator[Variant]:
                 fills = 100 <= tiles * splits <= 600 or (splits == 1 and tiles > 600)
                 if not fills or (splits > 1 and tiles > 300) or block_k * splits * 2 > layer.k:
                     continue
-                for width in {8 if rows <= 8 else 16, 16 if block_n >= 64 else 8 if rows <= 8 else 16}:
-                    tiling = Tiling("dot", width, block_n, block_k, warps, splits, stages)
-                    yield Variant(tiling, layer.norm)
-                    if layer.norm and rows >= 8:
-                        yield Variant(tiling, norm=False)
+                tiling = Tiling("dot", 8 if rows <= 8 else 16, block_n, block_k, warps, splits, stages)
+                yield Variant(tiling, layer.norm)
+                if layer.norm and rows >= 8:
+                    yield Variant(tiling, norm=False)
+
+
+def _fma_stages(k: int, rows: int, block_n: int, block_k: int) -> Iterable[int]:
+    """How many tiles to hold: whole weight rows where registers suffice, else one tile, or two small ones."""
+    whole = -(-k // block_k)
+    if whole <= 4 and block_n * whole <= 16 and block_n * whole * rows <= 48:
+        return (whole,)
+    return (1, 2) if block_n <= 4 else (1,)
+
+
+@contextmanager
+def dependent_launches(*, on: bool) -> Iterator[None]:
+    """Launch the model's other kernels as dependent ones, or not, whatever is on trial."""
+    before = os.environ.get("LIGHTQWEN_TRIALS")
+    os.environ["LIGHTQWEN_TRIALS"] = "pdl" if on else ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LIGHTQWEN_TRIALS"]
+        else:
+            os.environ["LIGHTQWEN_TRIALS"] = before
+
+
+def draw(*shape: int, std: float = 1.0) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPE, device="cuda").normal_(std=std)
+
+
+def launch(
+    layer: Layer, variant: Variant, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model does for a layer with the fused kernels; x and residual are added where it has a norm."""
+    options = {"gated": layer.gated, "tiling": variant.tiling, "pdl": variant.pdl}
+    if variant.norm:
+        return small_linear_triton(x, weight, norm=norm, eps=EPS, residual=residual, **options)
+    if layer.norm:
+        with dependent_launches(on=variant.pdl):
+            x, residual = add_rms_norm(x, residual, norm, EPS)
+    return small_linear_triton(x, weight, **options)[0], residual
+
+
+def launch_separately(
+    layer: Layer, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model does for a layer without them."""
+    with dependent_launches(on=False):
+        if layer.norm:
+            x, residual = add_rms_norm(x, residual, norm, EPS)
+        out = F.linear(x, weight)
+        return silu_and_mul(out) if layer.gated else out, residual
 
 
 class Inputs:
@@ -130,51 +190,28 @@ class Inputs:
     def __init__(self, layer: Layer, sets: int | None = None) -> None:
         self.layer = layer
         sets = sets or max(1, -(-ROTATED_BYTES // layer.num_bytes))
-        rows, width = max(ROW_CLASSES), layer.n // 2 if layer.gated else layer.n
-
-        def draw(*shape: int, std: float = 1.0) -> torch.Tensor:
-            return torch.empty(shape, dtype=DTYPE, device="cuda").normal_(std=std)
-
         self.weights = [draw(layer.n, layer.k, std=0.02) for _ in range(sets)]
-        self.x, self._pending, self._residual = draw(rows, layer.k), draw(rows, layer.k), draw(rows, width)
+        self.x, self._residual = (draw(max(ROW_CLASSES), layer.k) for _ in range(2))
         self._norm = draw(layer.k)
 
     def launch(self, weight: torch.Tensor, rows: int, variant: Variant) -> torch.Tensor:
-        layer, x = self.layer, self.x[:rows]
-        if layer.norm and not variant.norm:
-            x = rms_norm(x, self._norm, EPS)
-        return small_linear_triton(
-            x,
-            weight,
-            norm=self._norm if variant.norm else None,
-            eps=EPS,
-            gated=layer.gated,
-            residual=self._residual[:rows] if layer.residual else None,
-            tiling=variant.tiling,
-            pdl=variant.pdl,
-        )
+        return launch(self.layer, variant, self.x[:rows], self._residual[:rows], self._norm, weight)[0]
 
     def launch_separately(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
-        """What a layer launches without the fused kernels, where the norm adds the residual."""
-        x = self.x[:rows]
-        if self.layer.norm:
-            x, _ = add_rms_norm(x, self._pending[:rows], self._norm, EPS)
-        out = F.linear(x, weight)
-        return silu_and_mul(out) if self.layer.gated else out
+        return launch_separately(self.layer, self.x[:rows], self._residual[:rows], self._norm, weight)[0]
 
     def error(self, rows: int, variant: Variant) -> float:
         """Return the relative difference between a launch and the same in float32, over some of the features."""
         weight, layer = self.weights[0], self.layer
         x = self.x[:rows].float()
         if layer.norm:
+            x = (self.x[:rows] + self._residual[:rows]).float()
             x = self._norm * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
         features = layer.n // 2 if layer.gated else layer.n
         picked = torch.arange(features, device="cuda")[:: max(1, features // 1024)]
         expected = x @ weight[picked].float().T
         if layer.gated:
             expected = F.silu(expected) * (x @ weight[features + picked].float().T)
-        if layer.residual:
-            expected = expected + self._residual[:rows, picked]
         out = self.launch(weight, rows, variant)[:, picked].float()
         return float((out - expected).norm() / expected.norm())
 
@@ -235,8 +272,9 @@ def compile_all(wanted: Iterable[Wanted]) -> None:
     kernels: dict[tuple[object, ...], Wanted] = {}
     for layer, rows, variant in wanted:
         tiling = variant.tiling
-        even = (layer.n % tiling.block_n == 0, layer.k % (tiling.block_k * tiling.splits) == 0)
-        key = (variant, *even, layer.gated, layer.residual, layer.k <= tiling.block_k)
+        # Whole tiles are read without a mask; those of fma are held all at once where there are no more.
+        tiles = layer.k / (tiling.block_k * (tiling.stages if tiling.form == "fma" else tiling.splits))
+        key = (variant, layer.norm, layer.gated, layer.n % tiling.block_n == 0, tiles.is_integer(), tiles <= 1)
         kernels.setdefault(key, (layer, rows, variant))
     chunks: dict[tuple[Layer, int], list[tuple[int, Variant]]] = {}
     for index, (layer, rows, variant) in enumerate(kernels.values()):
@@ -265,23 +303,28 @@ class Result:
         return next(variant for variant in self.ranked if variant.pdl)
 
     def further(self) -> list[Variant]:
-        """The best one in other ways: without PDL, and with a part of each weight row prefetched."""
-        tiling = self.best.tiling
-        prefetched = replace(tiling, prefetch=min(1024, triton.next_power_of_2(self.layer.k // tiling.splits)))
-        return [replace(self.best, pdl=False), replace(self.best, tiling=prefetched)]
+        """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
+        tiling, k = self.best.tiling, self.layer.k
+        ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
+        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - {tiling.prefetch} if ahead >= 64 else ()
+        prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
+        return [replace(self.best, pdl=False), *prefetched]
 
-    def entry(self) -> str:
-        """The line of the table, as a comment where separate kernels are faster."""
+    def entries(self) -> dict[Work, str]:
+        """The lines of the table. Where a norm is better a kernel of its own, two: behind it, the layer is another."""
         best, layer = self.best, self.layer
         us, tiling = self.times[best], best.tiling
-        fused = ", ".join(
-            [f"{part}=True" for part in ("norm", "gated") if getattr(best if part == "norm" else layer, part)]
-        )
-        work = f"Work({self.rows}, {layer.n}, {layer.k}{', ' if fused else ''}{fused})"
         numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages]
-        arguments = ", ".join(map(str, [*numbers, tiling.prefetch]))
-        mark = "" if us < 0.98 * self.separate else "# "
-        return f'{mark}{work}: Tiling("{tiling.form}", {arguments}),  # {us:.1f} us, separate {self.separate:.1f}'
+        chosen = f'Tiling("{tiling.form}", {", ".join(map(str, [*numbers, tiling.prefetch]))})'
+        pays = us < 0.98 * self.separate
+        entries = {}
+        for norm in sorted({layer.norm, best.norm and pays}, reverse=True):
+            work = layer.work(self.rows, norm=norm)
+            fused = "".join(f", {part}=True" for part in ("norm", "gated") if getattr(work, part))
+            value = chosen if pays and norm == best.norm else "None"
+            comment = f"{layer.model} {layer.name}: {us:.1f} us, separate {self.separate:.1f}"
+            entries[work] = f"Work({work.rows}, {work.n}, {work.k}{fused}): {value},  # {comment}"
+        return entries
 
     def report(self) -> dict[str, object]:
         times = {
@@ -306,35 +349,24 @@ def time_chain(layers: Sequence[Layer], best: dict[str, Variant], rows: int) -> 
     """Time decoder layers in a row; a copy of the queries stands for attention, which is no dependent launch."""
     per_layer = sum(layer.num_bytes for layer in layers)
     count = max(4, -(-2 * ROTATED_BYTES // per_layer))
-    weights = [[Inputs(layer, sets=1).weights[0] for layer in layers] for _ in range(count)]
+    weights = [[draw(layer.n, layer.k, std=0.02) for layer in layers] for _ in range(count)]
     hidden_size, q_dim = layers[0].k, layers[1].k
-    norm = torch.ones(hidden_size, dtype=DTYPE, device="cuda")
-    x = torch.randn(rows, hidden_size, dtype=DTYPE, device="cuda")
+    norm, x = torch.ones(hidden_size, dtype=DTYPE, device="cuda"), draw(rows, hidden_size)
 
-    def separate() -> None:
+    def run(variants: dict[str, Variant] | None) -> None:
         hidden, residual = x, x
-        for qkv, o, gate_up, down in weights:
-            hidden, residual = add_rms_norm(hidden, residual, norm, EPS)
-            hidden = F.linear(F.linear(hidden, qkv)[:, :q_dim].clone(), o)
-            hidden, residual = add_rms_norm(hidden, residual, norm, EPS)
-            hidden = F.linear(silu_and_mul(F.linear(hidden, gate_up)), down)
+        for of_layer in weights:
+            for layer, weight in zip(layers, of_layer, strict=True):
+                if layer.name == "o":
+                    hidden = hidden[:, :q_dim].clone()
+                arguments = (hidden, residual, norm, weight)
+                if variants is None:
+                    hidden, residual = launch_separately(layer, *arguments)
+                else:
+                    hidden, residual = launch(layer, variants[layer.name], *arguments)
 
-    def fused(*, pdl: bool) -> None:
-        def after_norm(hidden: torch.Tensor, weight: torch.Tensor, name: str, *, gated: bool) -> torch.Tensor:
-            inside, tiling = best[name].norm, best[name].tiling
-            x = hidden if inside else rms_norm(hidden, norm, EPS)
-            return small_linear_triton(
-                x, weight, norm=norm if inside else None, eps=EPS, gated=gated, tiling=tiling, pdl=pdl
-            )
-
-        hidden = x
-        for qkv, o, gate_up, down in weights:
-            queries = after_norm(hidden, qkv, "qkv", gated=False)[:, :q_dim].clone()
-            hidden = small_linear_triton(queries, o, residual=hidden, tiling=best["o"].tiling, pdl=pdl)
-            activated = after_norm(hidden, gate_up, "gate_up", gated=True)
-            hidden = small_linear_triton(activated, down, residual=hidden, tiling=best["down"].tiling, pdl=pdl)
-
-    times = [time_calls([call], 1) / count for call in (separate, lambda: fused(pdl=False), lambda: fused(pdl=True))]
+    without = {name: replace(variant, pdl=False) for name, variant in best.items()}
+    times = [time_calls([partial(run, variants)], 1) / count for variants in (None, without, best)]
     return (
         f"# {layers[0].model} rows {rows}: a layer takes {times[0]:.1f} us separate, {times[1]:.1f} fused, "
         f"{times[2]:.1f} fused with PDL ({per_layer / times[2] / 1e6:.2f} TB/s)"
@@ -345,7 +377,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(MODELS), help="size, or size/ranks (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROW_CLASSES), choices=ROW_CLASSES)
-    parser.add_argument("--seconds", type=float, default=75.0, help="begin no more layers after this (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="begin no more layers after this (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -373,13 +405,14 @@ def main() -> int:
         for result in (result for result in results if result.layer == layer):
             result.times |= {variant: inputs.time_variant(result.rows, variant) for variant in result.further()}
         torch.cuda.empty_cache()
+    # Layers of several models may have one size; where results differ, the later one stands.
+    entries = {work: line for result in results for work, line in result.entries().items()}
     if arguments.json:
-        report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        report["results"] = [result.report() for result in results]
+        report = provenance("bench.small_linear") | {"torch": torch.__version__, "table": list(entries.values())}
+        report |= {"hardware": torch.cuda.get_device_name(), "results": [result.report() for result in results]}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, after {time.monotonic() - began:.0f} s")
-    for result in results:
-        print(result.entry())
+    print("\n".join(entries.values()))
     for model in arguments.model:
         chained = [layer for layer in layers if layer.model == model and layer.name != "lm_head"]
         for rows in arguments.rows:
@@ -388,7 +421,7 @@ def main() -> int:
                 for result in results
                 if (result.layer.model, result.rows) == (model, rows)
             }
-            if chained[0].norm and len(best) >= len(chained):
+            if len(best) >= len(chained):
                 print(time_chain(chained, best, rows), flush=True)
                 torch.cuda.empty_cache()
     return 0

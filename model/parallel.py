@@ -7,33 +7,67 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from model.one_shot import OneShotAllReduce
+
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """This rank's place among `size` ranks. `group` is None exactly when size is 1 (nothing to talk to)."""
+    """This rank's place among `size` ranks. `group` is None exactly when size is 1 (nothing to talk to).
+
+    `one_shot`, where all ranks have it, sums small tensors faster than the group does.
+    """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    one_shot: OneShotAllReduce | None = None
 
     @classmethod
     def single(cls) -> TensorParallel:
         return cls()
 
+    def room_for_summand(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where `all_reduce` would have its next argument written, to save a copy; None: it does not mind."""
+        return None if self.one_shot is None else self.one_shot.room(shape, dtype)
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; returns `x`."""
-        if self.group is not None:
-            dist.all_reduce(x, group=self.group)
+        """Return the sum of every rank's contiguous `x`, the same bits on every rank; `x` itself is used up."""
+        if self.group is None:
+            return x
+        if self.one_shot is not None and (total := self.one_shot(x)) is not None:
+            return total
+        dist.all_reduce(x, group=self.group)
         return x
+
+    def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Put every rank's [rows, ...] one below the other: [rows * size, ...], the same on every rank."""
+        if self.group is None:
+            return x
+        gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        _all_gather_into(gathered, x.contiguous(), group=self.group)
+        return gathered
 
     def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate every rank's [rows, n] along the last dimension: [rows, n * size], the same on every rank."""
         if self.group is None:
             return x
         rows, width = x.shape
-        parts = torch.empty((self.size, rows, width), dtype=x.dtype, device=x.device)
-        _all_gather_into(parts.view(self.size * rows, width), x.contiguous(), group=self.group)
+        parts = self.all_gather_rows(x).view(self.size, rows, width)
         return parts.transpose(0, 1).reshape(rows, self.size * width)
+
+    def exchange_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Give each rank its share of the rows, whole: [rows, n] on every rank to [rows / size, n * size].
+
+        The rows, which must divide by `size`, are shared out in order; every rank's columns are put side by side, as
+        by `all_gather_last`, whose rows these are.
+        """
+        if self.group is None:
+            return x
+        rows, width = x.shape
+        share = rows // self.size
+        parts = x.new_empty((self.size, share, width))
+        dist.all_to_all_single(parts.view(rows, width), x.contiguous(), group=self.group)
+        return parts.transpose(0, 1).reshape(share, self.size * width)

@@ -33,7 +33,7 @@ from model.parallel import TensorParallel
 
 
 class Qwen3Attention(nn.Module):
-    """Grouped-query attention over the paged KV cache; q and k are normed per head and rotated first."""
+    """A norm and grouped-query attention over the paged KV cache; q and k are normed per head and rotated first."""
 
     def __init__(
         self,
@@ -71,11 +71,22 @@ class Qwen3Attention(nn.Module):
         self.rotary_emb = rotary_emb
         self.attn = attention
 
-    def forward(self, hidden_states: torch.Tensor, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] to the same; kv_cache: [2, num_blocks, block_size, kv_heads, head_dim] of this layer."""
+    def forward(
+        self,
+        norm: RMSNorm,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        inputs: StepInputs,
+        kv_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden_states, residual), each [tokens, hidden], to the same, behind `norm` of their sum.
+
+        kv_cache: [2, num_blocks, block_size, kv_heads, head_dim] of this layer.
+        """
         key_cache, value_cache = kv_cache.unbind(0)
+        qkv, residual = self.qkv_proj.after(norm, hidden_states, residual)
         q = qk_norm_rope_store(
-            self.qkv_proj(hidden_states),
+            qkv,
             self.q_norm.weight,
             self.k_norm.weight,
             self.rotary_emb.cos_sin,
@@ -88,11 +99,11 @@ class Qwen3Attention(nn.Module):
             self.q_norm.eps,
         )
         attended = self.attn.forward(q, key_cache, value_cache, inputs)
-        return self.o_proj(attended.flatten(1))
+        return self.o_proj(attended.flatten(1)), residual
 
 
 class Qwen3MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), with gate and up in one projection."""
+    """A norm and SwiGLU: down(silu(gate(x)) * up(x)), with gate and up in one projection."""
 
     def __init__(self, config: Qwen3Config, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -105,14 +116,17 @@ class Qwen3MLP(nn.Module):
         )
         self.act_fn = SiluAndMul()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] to the same."""
-        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+    def forward(
+        self, norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden_states, residual), each [tokens, hidden], to the same, behind `norm` of their sum."""
+        activated, residual = self.gate_up_proj.after(norm, hidden_states, residual, then=self.act_fn)
+        return self.down_proj(activated), residual
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm. The residual stream travels beside the hidden states, so that adding to it
-    and norming it are one operation."""
+    """Attention and MLP, each behind a norm. The residual stream travels beside the hidden states, and a norm goes to
+    the projection behind it, so that adding to the stream, norming it and projecting it can be one operation."""
 
     def __init__(
         self,
@@ -141,14 +155,8 @@ class Qwen3DecoderLayer(nn.Module):
 
         `residual` is None for the first layer, whose hidden states are the embeddings.
         """
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(hidden_states, inputs, kv_cache)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        hidden_states, residual = self.self_attn(self.input_layernorm, hidden_states, residual, inputs, kv_cache)
+        return self.mlp(self.post_attention_layernorm, hidden_states, residual)
 
 
 class Qwen3Model(nn.Module):
@@ -236,6 +244,11 @@ class Qwen3ForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] to [rows, vocab_size] in the model's dtype, contiguous, the same on every rank."""
         return self.lm_head(hidden_states)
+
+    def compute_logits_share(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to [ceil(rows / tp.size), vocab_size]: those rows of `compute_logits` that `sample_share` of
+        this rank draws from."""
+        return self.lm_head.forward_share(hidden_states)
 
     @property
     def graphs(self) -> CapturedSteps:

@@ -13,6 +13,7 @@ import torch
 
 from model.kernels.runtime import use_triton
 from model.kernels.sampling import MIN_TEMPERATURE, sample_triton
+from model.parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,23 @@ def sample(logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tab
     whatever the row, the batch and the slot. Nothing waits for the host; usable inside a CUDA graph.
     """
     return (sample_triton if use_triton(logits) else sample_torch)(logits, slots, lengths, tables)
+
+
+def sample_share(
+    logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables, tp: TensorParallel
+) -> torch.Tensor:
+    """Compute `sample` with the rows shared out over the ranks: each draws for its own, and all learn of all tokens.
+
+    logits: those of this rank's share, [ceil(rows / size), vocab_size], as `ParallelLMHead.forward_share` gives them;
+    the share of rank r are the r-th so many rows. The other arguments are of all rows, the same on every rank; so is
+    what is returned, [rows] int32.
+    """
+    rows, share = len(slots), len(logits)
+    missing = share * tp.size - rows
+    if missing:  # rows that nobody asks for draw with the first slot's parameters
+        slots, lengths = (torch.cat((of_row, of_row.new_zeros(missing))) for of_row in (slots, lengths))
+    own = slice(tp.rank * share, (tp.rank + 1) * share)
+    return tp.all_gather_rows(sample(logits, slots[own], lengths[own], tables))[:rows]
 
 
 def sample_torch(

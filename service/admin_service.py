@@ -11,9 +11,9 @@ import grpc
 
 from service import convert
 from service.admission import Admission
-from service.errors import AdminAbortError
-from service.streams import OpenCalls
+from service.gateways import Gateways, queue, total
 from worker.client import EngineClient
+from worker.control import AbortCalls, CloseDoor, Look
 
 if TYPE_CHECKING:
     from lightqwen.v1 import admin_pb2
@@ -43,60 +43,56 @@ class TokenRate:
 
 
 class AdminServicer:
-    """`drain` makes the server refuse new requests and say NOT_SERVING."""
+    """What it is asked, it asks of every gateway of the server."""
 
     def __init__(
         self,
         *,
         engine: EngineClient,
         admission: Admission,
-        calls: OpenCalls,
-        waiting: Callable[[], tuple[int, int]],
-        drain: Callable[[], None],
+        gateways: Gateways,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._admission = admission
-        self._calls = calls
-        self._waiting = waiting
-        self._drain = drain
+        self._gateways = gateways
         self._clock = clock
         self._rate = TokenRate(clock, min_window_s=1.0)
 
     async def GetLoad(self, message: admin_pb2.GetLoadRequest, context: Context) -> admin_pb2.GetLoadResponse:
-        return convert.get_load_response(self._load(self._rate))
+        return convert.get_load_response(await self._load(self._rate))
 
     async def WatchLoad(self, message: admin_pb2.WatchLoadRequest, context: Context) -> None:
         interval_s = convert.watch_interval_s(message)
         rate = TokenRate(self._clock, min_window_s=interval_s / 2)
         rate.look(self._engine.stats.generated_tokens)
         while True:
-            await context.write(convert.watch_load_response(self._load(rate)))
+            await context.write(convert.watch_load_response(await self._load(rate)))
             await asyncio.sleep(interval_s)
 
     async def Abort(self, message: admin_pb2.AbortRequest, context: Context) -> admin_pb2.AbortResponse:
         ids, everything = convert.abort_request(message)
-        wanted = dict.fromkeys([*ids, *(self._calls.ids() if everything else ())])
-        outcomes = [(request_id, self._calls.end(request_id, AdminAbortError())) for request_id in wanted]
+        answers = await self._gateways.ask(AbortCalls(ids, everything))
+        aborted = {request_id for answer in answers for request_id in answer.aborted}
+        outcomes = [(request_id, request_id in aborted) for request_id in dict.fromkeys([*ids, *sorted(aborted)])]
         return convert.abort_response(outcomes)
 
     async def Drain(self, message: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
-        wait_s = convert.drain_wait_s(message)
-        self._drain()
-        await self._calls.wait_idle(wait_s)
-        return convert.drain_response(len(self._calls))
+        answers = await self._gateways.ask(CloseDoor(convert.drain_wait_s(message)))
+        return convert.drain_response(sum(answer.standing.streams for answer in answers))
 
     async def FlushCache(self, message: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
         return convert.flush_response(await self._engine.flush_cache())
 
-    def _load(self, rate: TokenRate) -> admin_pb2.Load:
+    async def _load(self, rate: TokenRate) -> admin_pb2.Load:
+        standing = total(answer.standing for answer in await self._gateways.ask(Look()))
         stats = self._engine.stats
-        waiting, waiting_tokens = self._waiting()
+        waiting, waiting_tokens = queue(standing, stats)
         return convert.load(
             stats,
             self._engine.state,
             draining=self._admission.draining,
-            streams=len(self._calls),
+            streams=standing.streams,
             waiting=waiting,
             waiting_tokens=waiting_tokens,
             output_tokens_per_second=rate.look(stats.generated_tokens),

@@ -19,6 +19,11 @@ is rather too high than too low."""
 RETRY_AFTER_S = 1.0
 
 
+def part_of(limit: int, number: int, gateways: int) -> int:
+    """What gateway `number` may take of a limit of the whole server: parts differ by one at most and add up to it."""
+    return len(range(number, limit, gateways))
+
+
 class Admission:
     """Counts what waits and what is open. `on_reject` is told the reason of each refusal."""
 

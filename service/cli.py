@@ -11,6 +11,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -69,10 +70,14 @@ def _run_server(config: ServeConfig) -> int:
     set_up_logging = partial(configure_logging, served.log_level, served.log_format)
     set_up_logging()
     try:
-        with probe_endpoint(served.health_host, served.health_port, vitals) as health_port:
+        with (
+            probe_endpoint(served.health_host, served.health_port, vitals) as health_port,
+            _shared_port(served) as port,
+        ):
+            served = served.model_copy(update={"port": port})
             return supervisor.serve(
                 engine,
-                partial(run_gateway, served),
+                [partial(run_gateway, served, number=number) for number in range(served.gateways)],
                 drain_timeout_s=served.withdrawal_s + served.drain_timeout_s,
                 on_progress=terminal.progress,
                 on_ready=on_ready,
@@ -81,6 +86,15 @@ def _run_server(config: ServeConfig) -> int:
             )
     finally:
         terminal.close()
+
+
+def _shared_port(config: ServeConfig) -> AbstractContextManager[int]:
+    """The port for gRPC, held where several gateways listen on it."""
+    from service.ports import hold_port
+
+    if config.gateways == 1 or config.node_rank > 0:
+        return nullcontext(config.port)
+    return hold_port(config.host, config.port, "--port")
 
 
 def bench(arguments: argparse.Namespace, argv: list[str]) -> int:

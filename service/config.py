@@ -7,6 +7,7 @@ environment variable `LIGHTQWEN_MAX_QUEUED_REQUESTS` and the key `max_queued_req
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -39,6 +40,8 @@ class ServeConfig(BaseSettings, EngineConfig):
     """Address to listen on for gRPC. 0.0.0.0 or [::] opens it to the network."""
     port: int = Field(50051, ge=0, le=65535)
     """Port for gRPC. 0: any free one; the ready line tells which."""
+    gateways: int = Field(1, ge=1, le=64)
+    """Processes that serve gRPC on the port (several: on Linux). Each takes its part of the connections and limits."""
     metrics_host: str = "127.0.0.1"
     """Address to listen on for /metrics and /healthz."""
     metrics_port: int = Field(9464, ge=-1, le=65535)
@@ -87,6 +90,16 @@ class ServeConfig(BaseSettings, EngineConfig):
     """What is logged, on stderr."""
     log_format: Literal["text", "json"] = "text"
     """One line of text, or one JSON object, for each record."""
+
+    @model_validator(mode="after")
+    def _gateways_can_share(self) -> Self:
+        if self.gateways > 1 and sys.platform != "linux":
+            raise ValueError("--gateways: several can share a port on Linux only")
+        for option in ("max_queued_requests", "max_queued_tokens", "max_streams"):
+            if getattr(self, option) < self.gateways:
+                flag = "--" + option.replace("_", "-")
+                raise ValueError(f"{flag}: each of --gateways {self.gateways} needs a part of it")
+        return self
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:

@@ -1,15 +1,21 @@
 """What Prometheus sees. One object owns every metric and its registry; it is handed to whoever has something to tell.
 
 Names, labels and buckets are documented in docs/metrics.md. Labels are bound once: an observation costs under 1 µs.
+
+Each gateway of a server counts for itself, and gateway 0 tells the sum (`_Sum`). What is no gateway's own, such as the
+engine's state and counters, all of them know, and gateway 0 tells it as it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.registry import Collector
 
 from service.model_service import version
 from service.streams import Reply
@@ -44,15 +50,61 @@ ENGINE_FACTS = (
 STAGES = ("tokenizing", "queued", "prefill", "decode", "finished")
 
 
+Series = tuple[str, dict[str, str], float]
+"""Name, labels and value of one sample."""
+
+
+class _Sum(Collector):
+    """What all gateways of the server have counted, added up. Each of `others` is what one of them told last, which is
+    never less than before."""
+
+    def __init__(self, own: CollectorRegistry) -> None:
+        self._own = own
+        self._decode = msgspec.json.Decoder(dict[str, list[Series]]).decode
+        self.others: dict[int, bytes] = {}
+
+    def encoded(self) -> bytes:
+        """What this gateway has counted, by family; some KB."""
+        counted: dict[str, list[Series]] = {
+            family.name: [(s.name, s.labels, s.value) for s in family.samples if not s.name.endswith("_created")]
+            for family in self._own.collect()
+        }
+        return zlib.compress(msgspec.json.encode(counted), level=1)
+
+    def describe(self) -> Iterable[Metric]:
+        return self._own.collect()
+
+    def collect(self) -> Iterable[Metric]:
+        families = {family.name: family for family in self._own.collect()}
+        for encoded in list(self.others.values()):
+            for name, counted in self._decode(zlib.decompress(encoded)).items():
+                _add(families[name], counted)
+        return families.values()
+
+
+def _add(family: Metric, counted: list[Series]) -> None:
+    """Add to each sample; those that only the other gateway has come last, together as they are."""
+    places = {(s.name, frozenset(s.labels.items())): place for place, s in enumerate(family.samples)}
+    for name, labels, value in counted:
+        place = places.get((name, frozenset(labels.items())))
+        if place is None:
+            family.add_sample(name, labels, value)
+        else:
+            mine = family.samples[place]
+            family.samples[place] = mine._replace(value=mine.value + value)
+
+
 class Metrics:
-    """All metrics of one gateway, of one model.
+    """All metrics of one gateway, of one model; with what others have counted, all of a server.
 
     Args:
         model: value of the `model` label of every metric.
     """
 
     def __init__(self, model: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry()  # what is told
+        self._counted = CollectorRegistry()  # of that: what each gateway counts for itself
+        self._sum = _Sum(self._counted)
         self._model = model
         self._epoch = 0
         self._last = EngineStats()
@@ -62,6 +114,17 @@ class Metrics:
         self._make_call_metrics()
         self._make_request_metrics()
         self._make_engine_metrics()
+        self.registry.register(self._sum)
+
+    # -- several gateways ----------------------------------------------------------------------------------------------
+
+    def counted(self) -> bytes:
+        """What this gateway has counted until now, for another one's `take`."""
+        return self._sum.encoded()
+
+    def take(self, gateway: int, counted: bytes) -> None:
+        """What another gateway has counted, in the place of what it told before."""
+        self._sum.others[gateway] = counted
 
     # -- the gateway itself --------------------------------------------------------------------------------------------
 
@@ -86,9 +149,12 @@ class Metrics:
             "From a call's arrival until its status.",
             ["model", "method"],
             buckets=CALL_BUCKETS,
-            registry=self.registry,
+            registry=self._counted,
         )
-        self._streams = self._gauge("streams_in_flight", "Generate calls that are open.")
+        streams = Gauge(
+            "lightqwen_streams_in_flight", "Generate calls that are open.", ["model"], registry=self._counted
+        )
+        self._streams = streams.labels(self._model)
         self._rejections = self._labelled_counter(
             "admission_rejections", "Requests refused before any work was done for them.", "reason"
         )
@@ -189,15 +255,20 @@ class Metrics:
             registry=self.registry,
         )
         self._ready = self._gauge("engine_ready", "1 while the engine takes requests.")
-        self._restarts = self._counter("engine_restarts", "Times that the ranks were lost and started again.")
+        self._restarts = self._engine_counter("engine_restarts", "Times that the ranks were lost and started again.")
         self._worker_up = Gauge(
             "lightqwen_worker_up", "1 while the rank takes part.", ["model", "rank"], registry=self.registry
         )
-        self._preemptions = self._counter("preemptions", "Requests put back into the queue to make room.")
-        self._generated = self._counter("generation_tokens", "Output tokens that the engine made.")
-        self._computed = self._counter("computed_prompt_tokens", "Prompt tokens computed, recomputed ones included.")
-        self._queried = self._counter("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache.")
-        self._hits = self._counter("prefix_cache_hit_tokens", "Of the looked up: found.")
+        self._preemptions = self._engine_counter("preemptions", "Requests put back into the queue to make room.")
+        self._generated = self._engine_counter("generation_tokens", "Output tokens that the engine made.")
+        self._computed = self._engine_counter(
+            "computed_prompt_tokens", "Prompt tokens computed, recomputed ones included."
+        )
+        self._queried = self._engine_counter(
+            "prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache."
+        )
+        self._hits = self._engine_counter("prefix_cache_hit_tokens", "Of the looked up: found.")
+        # The leader tells one gateway what a step was, so these add up as well.
         self._iteration = self._histogram("iteration_tokens", "Tokens of one step.", TOKENS_BUCKETS)
         self._batch = self._histogram("batch_size", "Requests in one step.", BATCH_BUCKETS)
         steps = Histogram(
@@ -205,15 +276,15 @@ class Metrics:
             "Time of one step; phase is decode, or mixed when prefill is part of it.",
             ["model", "phase"],
             buckets=STEP_BUCKETS,
-            registry=self.registry,
+            registry=self._counted,
         )
         self._step_decode = steps.labels(self._model, "decode")
         self._step_mixed = steps.labels(self._model, "mixed")
 
-    def watch_queue(self, requests: Callable[[], int], tokens: Callable[[], int]) -> None:
+    def watch_queue(self, queue: Callable[[], tuple[int, int]]) -> None:
         """Where the number of waiting requests, and of their prompt tokens, is asked for at each scrape."""
-        self._waiting.set_function(requests)
-        self._waiting_tokens.set_function(tokens)
+        self._waiting.set_function(lambda: queue()[0])
+        self._waiting_tokens.set_function(lambda: queue()[1])
 
     def engine_state(self, state: EngineState, info: EngineInfo | None) -> None:
         if info is not None and info.tensor_parallel_size != self._ranks:
@@ -264,11 +335,14 @@ class Metrics:
         return self._labelled_counter(name, text).labels(self._model)
 
     def _labelled_counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"lightqwen_{name}", text, ["model", *labels], registry=self.registry)
+        return Counter(f"lightqwen_{name}", text, ["model", *labels], registry=self._counted)
+
+    def _engine_counter(self, name: str, text: str) -> Counter:
+        return Counter(f"lightqwen_{name}", text, ["model"], registry=self.registry).labels(self._model)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"lightqwen_{name}", text, ["model"], registry=self.registry).labels(self._model)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        metric = Histogram(f"lightqwen_{name}", text, ["model"], buckets=buckets, registry=self.registry)
+        metric = Histogram(f"lightqwen_{name}", text, ["model"], buckets=buckets, registry=self._counted)
         return metric.labels(self._model)

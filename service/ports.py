@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import grpc
 
@@ -34,6 +36,33 @@ def bind(server: Listener, host: str, port: int, option: str, credentials: grpc.
         raise cannot_listen(_why_not(host, port), host, port, option) from error
 
 
+@contextmanager
+def hold_port(host: str, port: int, option: str) -> Iterator[int]:
+    """Keep a port for processes of ours that will listen on it by SO_REUSEPORT; gives its number (Linux).
+
+    Nobody else may have it, not even one who shares it too: it is taken by a socket that shares with nobody, and only
+    then opened to others of this user. That socket never listens, so no connection comes to it.
+
+    Raises:
+        ConfigError: it is in use, or not ours; names `option`.
+    """
+    try:
+        family, kind, protocol, address = _resolve(host, port)
+        holder = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise cannot_listen(error, host, port, option) from error
+    with holder:
+        # Connections of a server that ended a moment ago may linger on the port; a listener may not.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind(address)
+        except OSError as error:
+            raise cannot_listen(error, host, port, option) from error
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield int(holder.getsockname()[1])
+
+
 def cannot_listen(error: OSError | None, host: str, port: int, option: str) -> ConfigError:
     if error is None or error.errno == errno.EADDRINUSE:
         return ConfigError(f"port {port} on {host} is in use; choose another with {option}")
@@ -47,9 +76,19 @@ def host_port(host: str, port: int) -> str:
 def _why_not(host: str, port: int) -> OSError | None:
     """Try the same with a plain socket, for its error."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, address = _resolve(host, port)
         with socket.socket(family, kind, protocol) as probe:
             probe.bind(address)
     except OSError as error:
         return error
     return None
+
+
+def _resolve(host: str, port: int) -> tuple[int, int, int, Any]:
+    """Family, kind, protocol and address of the first that the name stands for.
+
+    Raises:
+        OSError: for none.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    return family, kind, protocol, address

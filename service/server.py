@@ -1,4 +1,4 @@
-"""The gateway process: what it is built of, and its life from the first bind to the last stream.
+"""A gateway process: what it is built of, and its life from the first bind to the last stream.
 
 Signals and messages only set events; `Gateway.run` reads as the order of things.
 """
@@ -21,11 +21,12 @@ from grpc_reflection.v1alpha import reflection
 
 from lightqwen.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from service.admin_service import AdminServicer
-from service.admission import Admission
+from service.admission import Admission, part_of
 from service.auth import Authenticator, AuthInterceptor
 from service.checkpoint import read_card, read_tokenizer_files
 from service.config import ServeConfig
 from service.errors import DrainingError, StatusInterceptor
+from service.gateways import Gateways, queue
 from service.generation import GenerationServicer
 from service.http import HttpEndpoint
 from service.metrics import Metrics
@@ -37,7 +38,20 @@ from service.tokenizing import TextCodec
 from service.validation import Rules
 from worker.client import EngineClient, EngineEndpoint, EngineState, EngineUnavailableError
 from worker.config import ConfigError
-from worker.control import ChildEnd, Drain, EngineDead, EngineLost, Fatal, Heartbeat, Serving, Stop, Up
+from worker.control import (
+    Answer,
+    Ask,
+    ChildEnd,
+    Drain,
+    EngineDead,
+    EngineLost,
+    Fatal,
+    Figures,
+    Heartbeat,
+    Serving,
+    Stop,
+    Up,
+)
 from worker.messages import EngineStats
 from worker.vitals import STALLED_S
 
@@ -67,7 +81,7 @@ BEAT_PERIOD_S = 1.0
 def server_options(config: ServeConfig) -> list[tuple[str, int]]:
     """What gRPC's core is told. Pings are the client's right: one in 10 s is fine, and too many are no crime."""
     return [
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(config.gateways > 1)),
         ("grpc.max_receive_message_length", config.max_receive_message_bytes),
         # Refusing is ours: the core would cancel calls at random, probes too, while 1000 of them wait to be taken up.
         ("grpc.server.max_pending_requests", 2**20),
@@ -81,17 +95,18 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
     ]
 
 
-def run_gateway(config: ServeConfig, endpoint: EngineEndpoint, control: Connection) -> None:
-    """Be the gateway process: never returns, exits with 0 after it was told to, 2 for what a user can mend, else 1.
+def run_gateway(config: ServeConfig, endpoint: EngineEndpoint, control: Connection, *, number: int = 0) -> None:
+    """Be a gateway process: never returns, exits with 0 after it was told to, 2 for what a user can mend, else 1.
 
     Args:
-        config: `config.model` is a local folder.
+        config: `config.model` is a local folder. Where several gateways share the port, it is a certain one.
         endpoint: where the leader listens.
         control: the line to the supervisor.
+        number: which of `config.gateways` it is, from 0, which also answers for all of them over HTTP.
     """
     child = ChildEnd(control)
     try:
-        gateway = Gateway(config, endpoint, child)
+        gateway = Gateway(config, endpoint, child, number)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             code = runner.run(gateway.run())
     except ConfigError as error:
@@ -116,9 +131,10 @@ class Gateway:
         ConfigError: the model's folder cannot be served, or a certificate or tokens file is no good.
     """
 
-    def __init__(self, config: ServeConfig, endpoint: EngineEndpoint, control: ChildEnd) -> None:
+    def __init__(self, config: ServeConfig, endpoint: EngineEndpoint, control: ChildEnd, number: int = 0) -> None:
         folder = Path(config.model)
         self._config = config
+        self._number = number
         self._control = control
         self._authenticator = Authenticator(config.auth_tokens_file, config.admin_tokens_file)
         self._certificate = _certificate(config)
@@ -146,10 +162,18 @@ class Gateway:
         self._metrics = Metrics(self._card.name)
         self._calls = OpenCalls()
         self._admission = Admission(
-            max_requests=config.max_queued_requests,
-            max_tokens=config.max_queued_tokens,
-            max_streams=config.max_streams,
+            max_requests=part_of(config.max_queued_requests, number, config.gateways),
+            max_tokens=part_of(config.max_queued_tokens, number, config.gateways),
+            max_streams=part_of(config.max_streams, number, config.gateways),
             on_reject=self._metrics.rejected,
+        )
+        self._gateways = Gateways(
+            number=number,
+            count=config.gateways,
+            control=control,
+            calls=self._calls,
+            admission=self._admission,
+            close_door=self._close_door,
         )
         self._engine = EngineClient(
             endpoint,
@@ -157,7 +181,7 @@ class Gateway:
             on_state=self._on_state,
             on_abort_confirmed=self._metrics.abort_confirmed,
         )
-        self._metrics.watch_queue(lambda: self._waiting()[0], lambda: self._waiting()[1])
+        self._metrics.watch_queue(lambda: queue(self._gateways.last_known, self._engine.stats))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its type stubs
         self._health_changed = asyncio.Event()
         self._withdrawn = False  # health says NOT_SERVING whatever the engine does
@@ -183,10 +207,12 @@ class Gateway:
                     tasks.create_task(self._announce()),
                     tasks.create_task(self._publish_health()),
                     tasks.create_task(self._measure_lag()),
+                    tasks.create_task(self._gateways.answer_others()),
                 ]
                 code = await self._serve(self._over)
                 for task in background:
                     task.cancel()
+            self._tell_figures(last=True)
         return code
 
     async def _serve(self, over: asyncio.Future[int]) -> int:
@@ -218,7 +244,7 @@ class Gateway:
         """Drain, then end."""
         self._terminate.set()
 
-    def _drain_now(self) -> None:
+    def _close_door(self) -> None:
         """An administrator drains: refuse at once, but go on living."""
         self._withdraw()
         self._admission.drain()
@@ -276,9 +302,7 @@ class Gateway:
             AdminServicer(
                 engine=self._engine,
                 admission=self._admission,
-                calls=self._calls,
-                waiting=self._waiting,
-                drain=self._drain_now,
+                gateways=self._gateways,
             ),
             server,
         )
@@ -290,7 +314,7 @@ class Gateway:
     @contextlib.contextmanager
     def _http_endpoint(self) -> Iterator[None]:
         config = self._config
-        if config.metrics_port < 0:
+        if config.metrics_port < 0 or self._number > 0:
             yield
             return
         try:
@@ -335,6 +359,10 @@ class Gateway:
             logger.error("engine dead: %s", message.reason)
             self._engine.engine_dead(message.reason)
             self._end(EXIT_LOST)
+        elif isinstance(message, Ask | Answer | Figures):
+            self._gateways.hear(message)
+            if isinstance(message, Figures):
+                self._metrics.take(message.gateway, message.counted)
         else:
             logger.error("the supervisor is gone")
             asyncio.get_running_loop().remove_reader(self._control.fileno())
@@ -367,6 +395,8 @@ class Gateway:
             }
             if self._certificate is not None:
                 facts["tls"] = "mutual" if self._certificate.is_mutual else "on"
+            if self._config.gateways > 1:
+                facts["gateways"] = self._config.gateways
             if self.metrics_port is not None:
                 facts["metrics"] = f"http://{host_port(self._config.metrics_host, self.metrics_port)}/metrics"
             self._control.send(Up(facts))
@@ -386,28 +416,28 @@ class Gateway:
             await self._health.set(name, status)
 
     async def _measure_lag(self) -> None:
-        """Tell how late the loop is, and the supervisor that it turns."""
+        """Tell how late the loop is, the supervisor that it turns, and gateway 0 what has been counted."""
         next_beat = 0.0
         while True:
             began = time.monotonic()
             if began >= next_beat:
                 next_beat = began + BEAT_PERIOD_S
                 self._control.send(Heartbeat(self._engine.stats.step, STALLED_S))
+                self._tell_figures()
             await asyncio.sleep(LAG_PERIOD_S)
             self._loop_seen = time.monotonic()
             self._metrics.loop_lag(max(0.0, self._loop_seen - began - LAG_PERIOD_S))
+
+    def _tell_figures(self, *, last: bool = False) -> None:
+        if self._number > 0 and self._config.metrics_port >= 0:
+            self._gateways.tell_figures(self._metrics.counted(), last=last)
 
     def _problem(self) -> str | None:
         """For /healthz, on the HTTP thread."""
         if self._engine.state is EngineState.DEAD:
             return "the engine is dead"
         late = time.monotonic() - self._loop_seen
-        return f"the event loop is {late:.0f} s late" if late > STALLED_S else None
-
-    def _waiting(self) -> tuple[int, int]:
-        """Requests and prompt tokens that wait: ours are known at once, the engine's include preempted ones."""
-        stats, admission = self._engine.stats, self._admission
-        return max(stats.waiting, admission.waiting_requests), max(stats.waiting_tokens, admission.waiting_tokens)
+        return f"the event loop is {late:.0f} s late" if late > STALLED_S else self._gateways.problem
 
 
 def _certificate(config: ServeConfig) -> ServerCertificate | None:

@@ -62,6 +62,7 @@ SLOW = (
     "observability",
     "test_cli.py",
     "test_end_to_end.py",
+    "test_gateways.py",
     "test_multi_node.py",
     "test_packaging.py",
     "test_replicas.py",

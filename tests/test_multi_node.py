@@ -201,7 +201,7 @@ def test_a_node_that_is_asked_to_end_lets_what_runs_finish() -> None:
     """Though node 0 is asked as well a moment later, as it is when a whole group must go."""
     variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
     env = [variables | {"NODE_RANK": str(node)} for node in range(2)]
-    with loopback("--health-port", "0", env=env) as group:
+    with loopback("--health-port", "0", "--gateways", "2", env=env) as group:  # which is for node 0 only
         group.wait_ready()
         prober = Prober(group.leader.facts["health"])
         with running_stream(group.leader.address) as generation:

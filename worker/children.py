@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -49,11 +49,16 @@ class Child:
     name: str
     process: SpawnProcess
     control: SupervisorEnd
-    up: bool = False
+    facts: Facts | None = None
+    """What it said when it was up."""
     serving: bool = False
     fatal: str | None = None
     last_beat: float = field(default_factory=time.monotonic)
     patience_s: float = float("inf")
+
+    @property
+    def up(self) -> bool:
+        return self.facts is not None
 
     @property
     def how_it_ended(self) -> str:
@@ -75,7 +80,7 @@ class Child:
             if message.patience_s is not None:
                 self.patience_s = message.patience_s
         elif isinstance(message, Up):
-            self.up = True
+            self.facts = message.facts
         elif isinstance(message, Fatal):
             self.fatal = message.reason
         elif isinstance(message, Serving):
@@ -101,9 +106,13 @@ class Children:
         self._on_progress = on_progress
         self._set_up_logging = set_up_logging
 
-    def start_gateway(self, gateway: Gateway, endpoint: EngineEndpoint) -> Child:
+    def start_gateways(self, gateways: Sequence[Gateway], endpoint: EngineEndpoint) -> list[Child]:
         context = multiprocessing.get_context("spawn")
-        return self._start("gateway", context, _gateway_main, (gateway, endpoint))
+        names = [f"gateway{number}" for number in range(len(gateways))] if len(gateways) > 1 else ["gateway"]
+        return [
+            self._start(name, context, _gateway_main, (gateway, endpoint))
+            for name, gateway in zip(names, gateways, strict=True)
+        ]
 
     def start_ranks(
         self,

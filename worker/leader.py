@@ -153,10 +153,10 @@ class Leader:
                 letters.setdefault(gateway, _Letter())
         if not letters:
             return
-        stats = self._scheduler.stats()
+        stats = now_only = self._scheduler.stats()
         if plan is not None:
             stats = msgspec.structs.replace(
-                stats, step_rows=plan.num_rows, step_tokens=plan.num_tokens, step_seconds=now - self._last_retired
+                now_only, step_rows=plan.num_rows, step_tokens=plan.num_tokens, step_seconds=now - self._last_retired
             )
             self._last_retired = now
         for gateway, letter in letters.items():
@@ -169,6 +169,7 @@ class Leader:
             )
             if not self._channel.send(gateway, outputs):
                 self._forget(gateway)
+            stats = now_only  # what the step was is told once, so that what all gateways heard can be added up
 
     def _sort(self, retired: RetiredStep | None) -> dict[int, _Letter]:
         """What happened since the last time, by gateway."""

@@ -124,7 +124,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     prefix_hit_tokens: int = 0
     prompt_tokens: int = 0  # computed
     generated_tokens: int = 0
-    # of the step that this message reports (0 when idle)
+    # of the step that this message reports (0 when idle, or when another gateway is told)
     step_rows: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,12 @@ import torch.distributed as dist
 
 from model.config import Qwen3Config
 from model.inputs import StepInputs
+from model.kernels.runtime import on_trial
+from model.kernels.tilings import ROW_CLASSES
+from model.one_shot import OneShotAllReduce, largest_numel, obstacle
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
-from model.sampler import sample
+from model.sampler import sample, sample_share
 from model.weights import load_model
 from worker.config import ConfigError, EngineConfig
 from worker.plan import StepBounds, StepPlan
@@ -72,12 +75,22 @@ class Runner:
     """One rank's model, tables and KV cache.
 
     kv_cache: [layers, 2, num_blocks, block_size, kv_heads, head_dim] in the model's dtype.
+    share_sampling: each rank samples its share of the rows, where there is one row for each at least.
     """
 
     def __init__(
-        self, model: Qwen3ForCausalLM, tables: SlotTables, kv_cache: torch.Tensor, runtime: RuntimeConfig
+        self,
+        model: Qwen3ForCausalLM,
+        tables: SlotTables,
+        kv_cache: torch.Tensor,
+        runtime: RuntimeConfig,
+        tp: TensorParallel,
+        *,
+        share_sampling: bool,
     ) -> None:
         self._model = model
+        self._tp = tp
+        self._share_sampling = share_sampling
         self._tables = tables
         self._kv_cache = kv_cache
         self._runtime = runtime
@@ -154,16 +167,26 @@ class Runner:
         hidden = self._model(inputs, self._kv_cache)
         if bounds.max_chunk_rows:  # else each row's only token is its last
             hidden = hidden[rows.last_tokens]
-        drawn = sample(self._model.compute_logits(hidden), slots, rows.lengths, self._tables.sampling)
-        return self._tables.retire(rows, drawn)
+        return self._tables.retire(rows, self._draw(hidden, slots, rows.lengths))
+
+    def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Sample from the hidden states of the rows' last tokens: [rows] int32, the same on every rank."""
+        tables = self._tables.sampling
+        if self._share_sampling and len(slots) >= self._tp.size:
+            return sample_share(self._model.compute_logits_share(hidden), slots, lengths, tables, self._tp)
+        return sample(self._model.compute_logits(hidden), slots, lengths, tables)
 
     # -- building ------------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
         """Run eager steps of every kind on dead rows, so that no request waits for a kernel to be compiled."""
         many = self._runtime.max_running
-        for decode_rows, chunk_lens in ((0, (16,)), (1, (16,)), (1, ()), (many - 1, (16,)), (many, ())):
-            self.launch(self._dead_plan(decode_rows, chunk_lens))
+        few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
+        for decode_rows in (*few, many):
+            self.launch(self._dead_plan(decode_rows))
+            self.collect()
+        for decode_rows in (0, 1, many - 1):
+            self.launch(self._dead_plan(decode_rows, chunk_lens=(16,)))
             self.collect()
 
     @torch.inference_mode()
@@ -220,6 +243,7 @@ def build_runner(
         ModelError: the checkpoint cannot be used.
         ConfigError: the memory does not hold one sequence.
     """
+    tp = _with_one_shot(tp, config, runtime)
     model = load_model(
         config.model,
         checkpoint,
@@ -253,12 +277,28 @@ def build_runner(
         remedy = on_gpu if runtime.on_gpu else "raise cpu_kv_gib"
         raise ConfigError(f"no memory for one KV block of {block_bytes} bytes beside weights and activations; {remedy}")
     kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
-    runner = Runner(model, tables, kv_cache, runtime)
+    share_sampling = bool(_agree(int(on_trial("sharded_sampling")), tp, runtime.device))
+    runner = Runner(model, tables, kv_cache, runtime, tp, share_sampling=share_sampling)
     if runtime.on_gpu:
         progress("compiling kernels", 0, 0)
         runner.warm_up()
         runner.capture(progress)
     return runner
+
+
+def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
+    """On trial: let small all-reduces go through memory that the GPUs share, if all ranks can."""
+    if tp.group is None or not on_trial("symmetric_memory"):
+        return tp
+    if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
+        logger.warning("rank=%d no one-shot all-reduces: several nodes take part", tp.rank)
+        return tp
+    reason = obstacle(tp.size, dtype=runtime.dtype, device=runtime.device)
+    if not _agree(int(not reason), tp, runtime.device):
+        logger.warning("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
+        return tp
+    numel = largest_numel(tp.size, runtime.dtype)
+    return replace(tp, one_shot=OneShotAllReduce(tp.group, numel=numel, dtype=runtime.dtype, device=runtime.device))
 
 
 def _allocate(
@@ -274,11 +314,11 @@ def _allocate(
         ) from error
 
 
-def _agree(num_blocks: int, tp: TensorParallel, device: torch.device) -> int:
-    """The smallest of all ranks' numbers: a block must exist on every rank."""
+def _agree(number: int, tp: TensorParallel, device: torch.device) -> int:
+    """The smallest of all ranks' numbers: a block must exist on every rank, a trial be on for every rank."""
     if tp.group is None:
-        return num_blocks
-    smallest = torch.tensor([num_blocks], dtype=torch.int64, device=device)
+        return number
+    smallest = torch.tensor([number], dtype=torch.int64, device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=tp.group)
     return int(smallest.item())
 

@@ -1,7 +1,8 @@
-"""Starts the gateway and the ranks, watches them, brings the ranks back when one dies, and ends everything.
+"""Starts the gateways and the ranks, watches them, brings the ranks back when one dies, and ends everything.
 
-The supervisor computes nothing. The gateway outlives the ranks and sends them again what was running. A gateway that
-dies takes its connections along, so then everything ends and whoever started the server starts it anew.
+The supervisor computes nothing. Gateways outlive the ranks and send them again what was running. A gateway that dies
+takes its connections along, so then everything ends and whoever started the server starts it anew. What gateways say to
+each other is passed on, and never waited for.
 
 With several nodes this is node 0's supervisor, and `worker/member.py` is that of the others. Ranks on other machines
 are not this supervisor's to start again: when one is lost, running requests fail, the server ends, and whoever started
@@ -18,12 +19,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from model.config import Qwen3Config
-from model.errors import ModelError
 from worker.channel import private_endpoint
 from worker.children import (
     Child,
@@ -39,7 +38,7 @@ from worker.children import (
     wait,
 )
 from worker.config import ConfigError, EngineConfig
-from worker.control import Drain, EngineDead, EngineLost, FromChild, Stop, Up
+from worker.control import Answer, Ask, Drain, EngineDead, EngineLost, Figures, FromChild, Stop, ToChild
 from worker.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ END_GRACE_S = 5.0
 
 def serve(
     config: EngineConfig,
-    gateway: Gateway,
+    gateways: Sequence[Gateway],
     *,
     drain_timeout_s: float,
     on_progress: OnProgress,
@@ -66,10 +65,10 @@ def serve(
     """Run the server, or a node's part of it, until a signal or a failure ends it; returns the exit code.
 
     Args:
-        gateway: runs a gateway in a process of its own; picklable.
-        drain_timeout_s: how long the gateway may take to drain before it is killed.
+        gateways: each runs a gateway in a process of its own; picklable.
+        drain_timeout_s: how long gateways may take to drain before they are killed.
         on_progress: told about long work, with the name of the process that does it.
-        on_ready: told once, with facts for the user and the seconds since the start.
+        on_ready: told once, with the first gateway's facts for the user and the seconds since the start.
         set_up_logging: called in every process that is started; picklable.
         vitals: told at every turn how things are.
 
@@ -83,12 +82,15 @@ def serve(
             from worker.member import Member
 
             return Member(config, drain_timeout_s, children, on_ready, vitals).run(wakeup, received)
-        supervisor = _Supervisor(config, gateway, drain_timeout_s, children, on_ready, vitals)
+        supervisor = _Supervisor(config, gateways, drain_timeout_s, children, on_ready, vitals)
         return supervisor.run(wakeup, received)
 
 
 def _check_model(config: EngineConfig) -> None:
     """Tell what config.json alone can tell before any process is started: starting one takes seconds."""
+    from model.config import Qwen3Config  # not by importing this module, which a gateway does too
+    from model.errors import ModelError
+
     try:
         Qwen3Config.from_folder(config.model).check_parallel(config.tensor_parallel_size)
     except ModelError as error:
@@ -99,25 +101,26 @@ class _Supervisor:
     def __init__(
         self,
         config: EngineConfig,
-        gateway: Gateway,
+        gateways: Sequence[Gateway],
         drain_timeout_s: float,
         children: Children,
         on_ready: OnReady,
         vitals: Vitals,
     ) -> None:
         self._config = config
-        self._run_gateway = gateway
+        self._run_gateways = gateways
         self._drain_timeout_s = drain_timeout_s
         self._children = children
         self._on_ready = on_ready
         self._vitals = vitals
         self._began = time.monotonic()
         self._endpoint = private_endpoint("engine")
-        self._gateway: Child | None = None
+        self._gateways: list[Child] = []
+        self._ready = False
         self._ranks = Ranks([])
         self._epoch = 0
         self._restarts: deque[float] = deque()
-        self._kill_gateway_at = float("inf")  # set while it drains
+        self._kill_gateways_at = float("inf")  # set while they drain
         self._signalled = False
         self._rendezvous = ExitStack()
         self._line: LeaderLine | None = None  # to the other nodes
@@ -125,21 +128,21 @@ class _Supervisor:
 
     def run(self, wakeup: socket.socket, received: deque[int]) -> int:
         try:
-            self._gateway = gateway = self._children.start_gateway(self._run_gateway, self._endpoint)
+            self._gateways = self._children.start_gateways(self._run_gateways, self._endpoint)
             if self._config.nodes > 1:
                 self._line = self._open_line()
             else:
                 self._start_ranks()
             while True:
-                self._tell_vitals(gateway)
-                wait(wakeup, [gateway, *self._ranks.children])
+                self._tell_vitals()
+                wait(wakeup, [*self._living_gateways, *self._ranks.children])
                 while received:
-                    self._on_signal(gateway, received.popleft())
-                self._hear_all(gateway)
-                self._look_after_gateway(gateway)
+                    self._on_signal(received.popleft())
+                self._hear_all()
+                self._look_after_gateways()
                 if self._line is not None:
-                    self._look_after_nodes(gateway, self._line)
-                self._look_after_ranks(gateway)
+                    self._look_after_nodes(self._line)
+                self._look_after_ranks()
         except StopError as stop:
             return stop.exit_code
         finally:
@@ -159,56 +162,86 @@ class _Supervisor:
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
-    def _tell_vitals(self, gateway: Child) -> None:
-        pulses = [child.pulse for child in (gateway, *self._ranks.children)]
-        self._vitals.turn(takes_requests=gateway.serving and gateway.process.is_alive(), pulses=pulses)
+    @property
+    def _living_gateways(self) -> list[Child]:
+        """All of them, but for those that have drained while others still do."""
+        return [gateway for gateway in self._gateways if gateway.process.is_alive()]
 
-    def _hear_all(self, gateway: Child) -> None:
-        for message in self._children.hear(gateway):
-            self._on_gateway(message)
+    def _tell_vitals(self) -> None:
+        living = self._living_gateways
+        self._vitals.turn(
+            takes_requests=len(living) == len(self._gateways) and all(gateway.serving for gateway in living),
+            pulses=[child.pulse for child in (*living, *self._ranks.children)],
+        )
+
+    def _hear_all(self) -> None:
+        for gateway in self._gateways:
+            self._hear(gateway)
+        if not self._ready and all(gateway.up for gateway in self._gateways):
+            self._ready = True
+            self._on_ready(self._gateways[0].facts or {}, time.monotonic() - self._began)
         for rank in self._ranks.children:
             self._children.hear(rank)
         if self._ranks.all_up:
             self._rendezvous.close()
 
-    def _on_gateway(self, message: FromChild) -> None:
-        if isinstance(message, Up):
-            self._on_ready(message.facts, time.monotonic() - self._began)
+    def _hear(self, gateway: Child) -> None:
+        for message in self._children.hear(gateway):
+            self._pass_on(message)
 
-    def _look_after_gateway(self, gateway: Child) -> None:
-        if gateway.process.is_alive():
-            if time.monotonic() > self._kill_gateway_at:
-                logger.error("the gateway did not end in time; killing it")
+    def _pass_on(self, message: FromChild) -> None:
+        """What a gateway said to others goes to them. One that has drained and ended has nothing more to say."""
+        if isinstance(message, Ask):
+            asker = self._gateways[message.asker]
+            for gateway in self._gateways:
+                if gateway.process.is_alive():
+                    if gateway is not asker:
+                        gateway.control.offer(message)
+                else:
+                    asker.control.offer(Answer(message.asker, message.ticket))
+        elif isinstance(message, Answer):
+            self._gateways[message.asker].control.offer(message)
+        elif isinstance(message, Figures):
+            self._gateways[0].control.offer(message)
+
+    def _look_after_gateways(self) -> None:
+        if time.monotonic() > self._kill_gateways_at:
+            for gateway in self._living_gateways:
+                logger.error("%s did not end in time; killing it", gateway.name)
                 gateway.process.kill()
-            return
-        self._children.hear(gateway)
-        if self._draining and gateway.process.exitcode == 0:
+        ended = [gateway for gateway in self._gateways if not gateway.process.is_alive()]
+        for gateway in ended:
+            self._hear(gateway)
+        failed = [gateway for gateway in ended if not self._draining or gateway.process.exitcode != 0]
+        for gateway in failed:
+            if gateway.fatal is not None:
+                raise ConfigError(gateway.fatal)
+        if failed:
+            logger.error("%s", failed[0].how_it_ended)
+            raise StopError(1)
+        if len(ended) == len(self._gateways):
             self._failure = ""
             raise StopError(0)
-        if gateway.fatal is not None:
-            raise ConfigError(gateway.fatal)
-        logger.error("%s", gateway.how_it_ended)
-        raise StopError(1)
 
-    def _look_after_nodes(self, gateway: Child, line: LeaderLine) -> None:
+    def _look_after_nodes(self, line: LeaderLine) -> None:
         line.turn()
         if line.loss is not None:
-            self._ranks_lost(gateway, line.loss.reason, line.loss.reason if line.loss.fatal else None)
+            self._ranks_lost(line.loss.reason, line.loss.reason if line.loss.fatal else None)
         elif not line.started and not line.missing:
             line.start()
             self._start_ranks()
         elif line.leaving and not self._draining:
             logger.warning("another node is asked to end: draining")
-            self._drain(gateway, signal.SIGTERM)
+            self._drain(signal.SIGTERM)
 
-    def _look_after_ranks(self, gateway: Child) -> None:
+    def _look_after_ranks(self) -> None:
         reason = self._ranks.find_loss()
         if reason is not None:
             for rank in self._ranks.children:
                 self._children.hear(rank)
-            self._ranks_lost(gateway, reason, self._ranks.fatal)
+            self._ranks_lost(reason, self._ranks.fatal)
 
-    def _ranks_lost(self, gateway: Child, reason: str, fatal: str | None) -> None:
+    def _ranks_lost(self, reason: str, fatal: str | None) -> None:
         """Start them again, if that can help. `fatal`: why one gave up, if one did."""
         first_start = self._epoch == 1 and not self._ranks.all_up
         self._failure = reason = fatal or reason
@@ -219,58 +252,71 @@ class _Supervisor:
             logger.error("%s while starting", reason)
             raise StopError(1)
         if self._line is not None:
-            self._give_up(gateway, reason, "ranks on other nodes cannot be started again from here")
+            self._give_up(reason, "ranks on other nodes cannot be started again from here")
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > RESTART_WINDOW_S:
             self._restarts.popleft()
         if len(self._restarts) >= self._config.max_restarts:
             minutes = int(RESTART_WINDOW_S // 60)
-            self._give_up(gateway, reason, f"after {len(self._restarts)} restarts in {minutes} minutes")
+            self._give_up(reason, f"after {len(self._restarts)} restarts in {minutes} minutes")
         logger.error("%s; every rank is started again", reason)
         self._restarts.append(now)
-        gateway.control.send(EngineLost(self._epoch, reason))
+        self._tell_gateways(EngineLost(self._epoch, reason))
         self._start_ranks()
 
-    def _give_up(self, gateway: Child, reason: str, why: str) -> NoReturn:
-        """Let the gateway fail what runs, then end."""
+    def _give_up(self, reason: str, why: str) -> NoReturn:
+        """Let the gateways fail what runs, then end."""
         logger.error("%s; giving up: %s", reason, why)
-        gateway.control.send(EngineDead(reason))
-        gateway.process.join(END_GRACE_S)
+        self._tell_gateways(EngineDead(reason))
+        self._wait_for_gateways()
         raise StopError(1)
+
+    def _tell_gateways(self, message: ToChild) -> None:
+        for gateway in self._gateways:
+            gateway.control.send(message)
+
+    def _wait_for_gateways(self) -> None:
+        """Let those that are about to end do so."""
+        give_up = time.monotonic() + END_GRACE_S
+        for gateway in self._gateways:
+            gateway.process.join(max(0.0, give_up - time.monotonic()))
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
     @property
     def _draining(self) -> bool:
-        return self._kill_gateway_at < float("inf")
+        return self._kill_gateways_at < float("inf")
 
-    def _on_signal(self, gateway: Child, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         """The first means drain, the second end now. That another node was asked before hurries nobody."""
         if self._signalled and self._draining:
-            gateway.control.send(Stop())
-            self._kill_gateway_at = time.monotonic() + END_GRACE_S
+            self._tell_gateways(Stop())
+            self._kill_gateways_at = time.monotonic() + END_GRACE_S
         elif not self._draining:
-            self._drain(gateway, number)
+            self._drain(number)
         self._signalled = True
 
-    def _drain(self, gateway: Child, number: int) -> None:
+    def _drain(self, number: int) -> None:
         """Let what runs finish, and end; where nobody is served yet, end now, by this signal."""
-        if not gateway.up or not gateway.process.is_alive():
+        if not any(gateway.up for gateway in self._living_gateways):
             raise StopError(128 + number)
-        gateway.control.send(Drain())
-        self._kill_gateway_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
+        self._tell_gateways(Drain())
+        self._kill_gateways_at = time.monotonic() + self._drain_timeout_s + END_GRACE_S
 
     def _end_all(self) -> None:
         if self._line is not None:
             self._line.end(self._failure)
         self._ranks.kill()
-        if self._gateway is not None:
-            if self._gateway.up:
-                self._gateway.control.send(Stop())
-                self._gateway.process.join(END_GRACE_S)
-            self._gateway.process.kill()
-            self._gateway.process.join()
-            self._gateway.control.close()
+        for gateway in self._gateways:
+            if not gateway.up:
+                gateway.process.kill()
+        self._tell_gateways(Stop())
+        self._wait_for_gateways()
+        for gateway in self._gateways:
+            gateway.process.kill()
+        for gateway in self._gateways:
+            gateway.process.join()
+            gateway.control.close()
         self._rendezvous.close()
 
 

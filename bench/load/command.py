@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace, access: Access, screen: Screen, argv: Seq
     workload = make_workload(options, vocab_size=model["vocab_size"], context_length=model["context_length"])
     settings = _settings(options, text=_wants_text(options, model))
     shares = divide(workload, options, settings)
-    screen.say(f"{access.target}: {workload.description}; client processes: {len(shares)}")
+    connections = sum(share.connections for share in shares)
+    screen.say(f"{access.target}: {workload.description}; client processes: {len(shares)}, connections: {connections}")
     began = datetime.now().astimezone()
     outcome = run_fleet(access, shares, screen)
     result = Result(
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace, access: Access, screen: Screen, argv: Seq
         workload=workload.description,
         left_out=workload.left_out,
         options=_plain(options) | {"settings": settings},
-        client=client_facts(len(shares)),
+        client=client_facts(len(shares), connections),
         server=server,
         model=model,
         interrupted=outcome.interrupted,
@@ -81,16 +82,18 @@ def run(arguments: argparse.Namespace, access: Access, screen: Screen, argv: Seq
 
 
 def divide(workload: Workload, options: LoadOptions, settings: dict[str, Any]) -> list[Share]:
-    """Deal the requests out to processes, every n-th to each, and the concurrency and warm-up with them."""
+    """Deal the requests out to processes, every n-th to each, and concurrency, connections and warm-up with them."""
     numbered = list(enumerate(workload.requests))
     streams = min(len(numbered), options.concurrency or len(numbered))
     count = min(options.processes or choose_processes(streams), streams)
+    connections = max(count, min(options.connections or count, streams))
     warmup = [workload.requests[i % len(numbered)] for i in range(options.warmup)]
     return [
         Share(
             requests=numbered[i::count],
             # Parts of a whole: they differ by one at most, and none is 0.
             concurrency=None if options.concurrency is None else len(range(i, streams, count)),
+            connections=len(range(i, connections, count)),
             warmup=warmup[i::count],
             settings=settings,
             seed=options.seed,

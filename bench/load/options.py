@@ -75,6 +75,7 @@ class LoadOptions:
     warmup: int
     seed: int
     processes: int | None
+    connections: int | None
     timeout: float | None
     temperature: float | None
     top_p: float | None
@@ -229,6 +230,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="N",
         help="client processes (default: one for each 32 streams, as many as there are cores at most)",
+    )
+    how.add_argument(
+        "--connections",
+        type=_positive,
+        metavar="N",
+        help="connections of all processes together: what the gateways of a server are given (default, and at least: "
+        "one for each process)",
     )
 
     results = parser.add_argument_group("results (a table goes to standard output)")

@@ -51,7 +51,7 @@ def facts(message: Message) -> dict[str, Any]:
     return dict(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
 
 
-def client_facts(processes: int) -> dict[str, Any]:
+def client_facts(processes: int, connections: int) -> dict[str, Any]:
     """Where the client ran."""
     try:
         version = importlib.metadata.version("lightqwen")
@@ -64,6 +64,7 @@ def client_facts(processes: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "processes": processes,
+        "connections": connections,
     }
 
 

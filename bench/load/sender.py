@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import signal
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, fields
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -29,8 +30,10 @@ COMPLETED = "OK"
 INTERRUPTED = "INTERRUPTED"
 NO_OUTPUT = "NO_OUTPUT"
 
-# A refusal is a result here: gRPC must not try again behind our back.
-NO_RETRIES = (("grpc.enable_retries", 0),)
+CHANNEL_OPTIONS = (
+    ("grpc.enable_retries", 0),  # a refusal is a result here: gRPC must not try again behind our back
+    ("grpc.use_local_subchannel_pool", 1),  # else channels to one server share a connection
+)
 
 
 class Access(Protocol):
@@ -49,6 +52,7 @@ class Share:
     requests: list[tuple[int, LoadRequest]]
     """With their numbers in the whole workload."""
     concurrency: int | None
+    connections: int
     warmup: list[LoadRequest]
     settings: dict[str, Any]
     """What every request is made with (`lightqwen.client.GenerateOptions`)."""
@@ -135,6 +139,8 @@ class _Sender:
         self._access = access
         self._share = share
         self._parent = parent
+        self._clients: Iterator[AsyncClient] = iter(())
+        """One connection after the other, round and round."""
         self._start = 0.0
         self._records: list[Record] = []
         self._fresh: list[Record] = []  # had their first output since the last tick
@@ -143,22 +149,27 @@ class _Sender:
         self._failed = 0
 
     async def run(self) -> None:
-        async with self._access.async_client(NO_RETRIES) as client, self._parent.listen() as messages:
+        async with AsyncExitStack() as stack:
+            messages = await stack.enter_async_context(self._parent.listen())
+            clients = [self._access.async_client(CHANNEL_OPTIONS) for _ in range(self._share.connections)]
+            for client in clients:
+                await stack.enter_async_context(client)
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.channel.channel_ready()
-            await asyncio.gather(*(self._warm_up(client, request) for request in self._share.warmup))
+                await asyncio.gather(*(client.channel.channel_ready() for client in clients))
+            self._clients = itertools.cycle(clients)
+            await asyncio.gather(*(self._warm_up(request) for request in self._share.warmup))
             # Requests and protobuf's tables are here to stay: the collector need not look at them while we measure.
             gc.collect()
             gc.freeze()
             self._parent.send("ready")
             message = await messages.get()
             if message["kind"] == "start":
-                await self._measure(client, messages, float(message["at"]))
+                await self._measure(messages, float(message["at"]))
 
-    async def _measure(self, client: AsyncClient, messages: asyncio.Queue[dict[str, Any]], start: float) -> None:
+    async def _measure(self, messages: asyncio.Queue[dict[str, Any]], start: float) -> None:
         self._start = start
         cpu_before = time.process_time()
-        sending = asyncio.create_task(self._send_all(client))
+        sending = asyncio.create_task(self._send_all())
         ticking = asyncio.create_task(self._tick())
         stopping = asyncio.create_task(messages.get())
         await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -172,27 +183,29 @@ class _Sender:
             self._parent.send("record", **{field.name: getattr(record, field.name) for field in fields(record)})
         self._parent.send("end", cpu_s=cpu_s)
 
-    async def _warm_up(self, client: AsyncClient, request: LoadRequest) -> None:
+    async def _warm_up(self, request: LoadRequest) -> None:
         """Take the way of a request once, shorter, and leave nothing in the prefix cache."""
         options = self._share.settings | {"bypass_prefix_cache": True}
         max_tokens = min(request.max_tokens, WARMUP_TOKENS)
-        async for _ in client.generate(request.prompt, max_tokens=max_tokens, ignore_eos=request.ignore_eos, **options):
+        async for _ in next(self._clients).generate(
+            request.prompt, max_tokens=max_tokens, ignore_eos=request.ignore_eos, **options
+        ):
             pass
 
-    async def _send_all(self, client: AsyncClient) -> None:
+    async def _send_all(self) -> None:
         slots = asyncio.Semaphore(self._share.concurrency or len(self._share.requests))
         async with asyncio.TaskGroup() as group:
             for number, request in self._share.requests:
                 await asyncio.sleep(max(0.0, self._start + request.due_s - time.perf_counter()))
                 await slots.acquire()
-                group.create_task(self._send(client, number, request, slots))
+                group.create_task(self._send(number, request, slots))
 
-    async def _send(self, client: AsyncClient, number: int, request: LoadRequest, slots: asyncio.Semaphore) -> None:
+    async def _send(self, number: int, request: LoadRequest, slots: asyncio.Semaphore) -> None:
         # Ids as a list: what protobuf takes fastest. Made before the clock starts.
         prompt = request.prompt.tolist() if isinstance(request.prompt, array) else request.prompt
         record = Record(number=number, due_s=request.due_s, began_s=time.perf_counter() - self._start)
         self._records.append(record)
-        generation = client.generate(
+        generation = next(self._clients).generate(
             prompt,
             timeout=self._share.timeout_s,
             max_tokens=request.max_tokens,

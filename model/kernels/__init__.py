@@ -2,5 +2,6 @@
 
 Every module here holds, for an operation `foo`: the kernel, its launcher `foo_triton`, the reference `foo_torch` that
 defines what the kernel must compute, and `foo`, which picks one by where its input lies. `runtime.py` is the only place
-that imports Triton.
+that imports Triton, `dependent.py` tells how kernels overlap, and `linear.py`, with `tilings.py`, which kernels compute
+a linear layer.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, tl, triton, use_triton
 
 _BLOCK = 1024
@@ -30,7 +31,10 @@ def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous(), "silu_and_mul reads contiguous rows"
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    _silu_and_mul_kernel[(rows, triton.cdiv(width, _BLOCK))](x, out, WIDTH=width, BLOCK=_BLOCK, num_warps=4)
+    launch = dependent_launch(x)
+    _silu_and_mul_kernel[(rows, triton.cdiv(width, _BLOCK))](
+        x, out, WIDTH=width, BLOCK=_BLOCK, PDL=bool(launch), num_warps=4, **launch
+    )
     return out
 
 
@@ -40,7 +44,10 @@ def _silu_and_mul_kernel(
     out_ptr,  # [rows, WIDTH]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, tl, triton, use_triton
 
 
@@ -69,6 +70,7 @@ def _launch(
     rows, width = x.shape
     assert all(tensor.is_contiguous() for tensor in (x, residual)), "rms_norm reads contiguous rows"
     block = triton.next_power_of_2(width)
+    launch = dependent_launch(x)
     _rms_norm_kernel[(rows,)](
         x,
         residual,
@@ -79,7 +81,9 @@ def _launch(
         WIDTH=width,
         BLOCK=block,
         ADD_RESIDUAL=add_residual,
+        PDL=bool(launch),
         num_warps=min(max(block // 512, 1), 16),
+        **launch,
     )
 
 
@@ -94,17 +98,20 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     dtype = normed_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    wait(PDL)
     x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD_RESIDUAL:
         x += tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(total_ptr + row + columns, x.to(dtype), mask=mask)
         x = x.to(dtype).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     normed = weight * (x * scale).to(dtype).to(tl.float32)
     tl.store(normed_ptr + row + columns, normed.to(dtype), mask=mask)

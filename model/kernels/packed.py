@@ -25,10 +25,14 @@ def pack(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight), requires_grad=False)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` for weights that may be packed."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`F.linear` for weights that may be packed. `out` is where the result goes if nothing speaks against it."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if out is not None and bias is None:
+        return torch.mm(x, weight.t(), out=out)
     return F.linear(x, weight, bias)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.norm import rms_norm_torch
 from model.kernels.runtime import jit, tl, triton, use_triton
 
@@ -90,6 +91,7 @@ def qk_norm_rope_store_triton(
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
     assert all(x.is_contiguous() for x in (qkv, key_cache, value_cache)), "qkv and the caches are contiguous"
     q = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    launch = dependent_launch(qkv)
     grid = (tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS_PER_PROGRAM))
     _qk_norm_rope_store_kernel[grid](
         qkv,
@@ -107,7 +109,9 @@ def qk_norm_rope_store_triton(
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         HEADS_PER_PROGRAM=_HEADS_PER_PROGRAM,
+        PDL=bool(launch),
         num_warps=4,
+        **launch,
     )
     return q
 
@@ -129,7 +133,9 @@ def _qk_norm_rope_store_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
     HEAD_DIM: tl.constexpr = 2 * HALF
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -140,6 +146,16 @@ def _qk_norm_rope_store_kernel(
     column = tl.arange(0, BLOCK)
     in_half = column < HALF
 
+    q_first = tl.load(q_weight_ptr + column, mask=in_half, other=0.0)
+    q_second = tl.load(q_weight_ptr + HALF + column, mask=in_half, other=0.0)
+    k_first = tl.load(k_weight_ptr + column, mask=in_half, other=0.0)
+    k_second = tl.load(k_weight_ptr + HALF + column, mask=in_half, other=0.0)
+    angle = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM + column
+    cos = tl.load(angle, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(angle + HALF, mask=in_half, other=0.0)[None, :]
+    kv_slot = tl.load(kv_slots_ptr + token)
+    wait(PDL)
+
     source = qkv_ptr + (token * ALL_HEADS + head[:, None]) * HEAD_DIM + column[None, :]
     mask = (head < ALL_HEADS)[:, None] & in_half[None, :]
     raw_first = tl.load(source, mask=mask, other=0.0)
@@ -149,18 +165,11 @@ def _qk_norm_rope_store_kernel(
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     mean = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / HEAD_DIM
     scale = tl.rsqrt(mean + eps)[:, None]
-    q_first = tl.load(q_weight_ptr + column, mask=in_half, other=0.0)
-    q_second = tl.load(q_weight_ptr + HALF + column, mask=in_half, other=0.0)
-    k_first = tl.load(k_weight_ptr + column, mask=in_half, other=0.0)
-    k_second = tl.load(k_weight_ptr + HALF + column, mask=in_half, other=0.0)
     first_weight = tl.where(is_q[:, None], q_first[None, :], k_first[None, :]).to(tl.float32)
     second_weight = tl.where(is_q[:, None], q_second[None, :], k_second[None, :]).to(tl.float32)
     first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
     second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
 
-    angle = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM + column
-    cos = tl.load(angle, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(angle + HALF, mask=in_half, other=0.0)[None, :]
     rotated_first = (first * cos - second * sin).to(dtype)
     rotated_second = (second * cos + first * sin).to(dtype)
 
@@ -169,7 +178,6 @@ def _qk_norm_rope_store_kernel(
     tl.store(q_out, rotated_first, mask=q_mask)
     tl.store(q_out + HALF, rotated_second, mask=q_mask)
 
-    kv_slot = tl.load(kv_slots_ptr + token)
     if kv_slot >= 0:
         k_mask = is_k[:, None] & in_half[None, :]
         k_head = kv_slot * NUM_KV_HEADS + head[:, None] - NUM_HEADS

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.kernels.runtime import jit, tl, triton
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.runtime import jit, jit_once, tl, triton
 
 if TYPE_CHECKING:
     from model.sampler import SamplingTables
@@ -31,8 +32,7 @@ MIN_TEMPERATURE = 1e-5
 
 _GROUP = 32  # scores whose maximum is kept, where a row truncates
 _GROUPS = 1024  # group maxima that are read at a time
-_LISTED_GROUPS = 32  # listed groups whose scores are made at a time: most rows list fewer
-_WIDE = 64  # the same for the one pass in which all groups may be listed
+_LISTED_GROUPS = 64  # listed groups whose scores are made at a time: most rows list fewer
 _FEW_ROWS = 16
 
 
@@ -67,12 +67,15 @@ def sample_triton(
         tables.min_length,
         tables.counts,
     )
+    dependent = dependent_launch(logits)
     settings = {
         "MIN_TEMPERATURE": MIN_TEMPERATURE,
         "GROUP": _GROUP,
         "STOP_IDS": tables.stop_ids.shape[1],
         "APPROX": logits.is_cuda,
+        "PDL": bool(dependent),
         "enable_fp_fusion": False,  # round as torch does
+        **dependent,
     }
     _score_kernel[(num_tiles, rows)](
         *inputs,
@@ -97,7 +100,6 @@ def sample_triton(
         TILES=triton.next_power_of_2(num_tiles),
         GROUPS=_GROUPS,
         LISTED=_LISTED_GROUPS,
-        WIDE=_WIDE,
         num_warps=8,
         maxnreg=128,  # two programs a multiprocessor; left alone, the compiler aims at more and spills
         **settings,
@@ -105,7 +107,7 @@ def sample_triton(
     return tokens
 
 
-@jit
+@jit_once("slots_ptr", "lengths_ptr")  # a share of the rows may begin anywhere
 def _score_kernel(
     logits_ptr,  # [rows, vocab_size]
     slots_ptr,  # [rows] int32
@@ -130,7 +132,10 @@ def _score_kernel(
     GROUP: tl.constexpr,
     STOP_IDS: tl.constexpr,
     APPROX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
+    wait(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     group = tile * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
@@ -161,12 +166,13 @@ def _score_kernel(
     best = tl.reduce(group_max, 0, _larger_or_nan)
     # Where no token is better than those behind the vocabulary's end, they are not the lowest.
     best_token = _lowest_token(score == best, token)
+    usable = best < float("inf")
     place = row * tl.num_programs(0) + tile
-    tl.store(tile_best_ptr + place, best)
-    tl.store(tile_token_ptr + place, tl.where(best < float("inf"), best_token, -1))
+    tl.store(tile_best_ptr + place, tl.where(usable, best, float("-inf")))
+    tl.store(tile_token_ptr + place, tl.where(usable, best_token, -1))
 
 
-@jit
+@jit_once("slots_ptr", "lengths_ptr")
 def _choose_kernel(
     logits_ptr,  # [rows, vocab_size]
     slots_ptr,  # [rows] int32
@@ -194,11 +200,13 @@ def _choose_kernel(
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
     LISTED: tl.constexpr,
-    WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     STOP_IDS: tl.constexpr,
     APPROX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     is_tile = tile < num_tiles
@@ -227,7 +235,7 @@ def _choose_kernel(
         has_top_k = (top_k > 0) & (top_k < vocab_size)
         lowest = tl.full([], float("-inf"), tl.float32)
         if has_top_k:
-            lowest = _kth_group_max(group_max_row, num_groups, top_k, highest, GROUPS)
+            lowest = _bound_of_top_k(group_max_row, num_groups, top_k, highest, GROUPS)
         elif min_p > 0.0 and top_p >= 1.0:
             lowest = highest + tl.log(min_p)
         num_listed = _list_groups(group_max_row, groups_row, num_groups, lowest, GROUPS)
@@ -235,7 +243,7 @@ def _choose_kernel(
             target = top_k.to(tl.float32)
             lowest, _ = _narrow(scores, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS)
         if top_p < 1.0:
-            mass = _total_from(scores, num_listed, lowest, highest, True, WIDE, GROUP, STOP_IDS)
+            mass = _total_from(scores, num_listed, lowest, highest, True, LISTED, GROUP, STOP_IDS)
             # All tokens with less than this score together have less than the mass that top-p cuts off.
             lowest = tl.maximum(lowest, highest + tl.log((1.0 - top_p) * mass / vocab_size))
             upper = highest
@@ -304,7 +312,7 @@ def _lowest_token(is_best, token):
 
 
 @jit
-def _kth_group_max(group_max_ptr, num_groups, k, highest, GROUPS: tl.constexpr):
+def _bound_of_top_k(group_max_ptr, num_groups, k, highest, GROUPS: tl.constexpr):
     """Return a value that the maxima of k groups reach, and so k scores; or -inf where there are fewer groups.
 
     It lies less than a hundredth below the highest such value: what it is for is listing few groups.

@@ -1,32 +1,26 @@
 """Linear layers of few rows, which read every weight once and compute what stands around them in the same launch.
 
 A decode step of up to 16 rows is bound by reading the weights, and for small models by the number of launches. So one
-launch here is `residual + linear(rms_norm(x))`, or `silu(gate) * up` of such a linear, each part optional.
+launch here is a linear layer with the RMSNorm before it (and the residual addition before that), or with the SiLU gate
+after it, each part optional.
 
-There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows and walks along
-them, always one tile of the weight ahead. *dot* (up to 16 rows) multiplies on the tensor cores with the weight as the
-left operand, so that the rows of x are the narrow side; it may split the reduction over several programs, the last of
-which to arrive adds up the partial sums of all in a fixed order and leaves the counter as it found it.
+There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds them
+whole or walks along them. *dot* (up to 16 rows) multiplies on the tensor cores with the weight as the left operand, so
+that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
+adds up the partial sums of all in a fixed order and leaves the counter as it found it.
 
-Rounding is that of the separate operations, with one exception: *dot* applies 1 / rms(x) to the sums instead of to x,
-so that x is read once, and rounds weight * x once where the norm rounds twice. The bits of a row depend on its values,
-the weights and the tiling alone: not on other rows, nor on which program arrives last.
+Rounding is that of the separate operations, with one exception: 1 / rms(x) is applied to the sums instead of to x, so
+that x is read once. What is multiplied is then gain * x, which *dot* rounds once where the norm rounds twice, and *fma*
+not at all. The bits of a row depend on its values, the weights and the tiling alone: not on other rows, nor on which
+program arrives last.
 
-**Programmatic dependent launch (PDL).** With `pdl`, a program may start while kernels before it still run. The rules:
-
-- Before `gdc_wait` a program reads only what no kernel writes: weights, biases and norm weights, of which it requests
-  its first tiles. Everything else is read, and anything at all is written, after it.
-- Every program calls `gdc_wait`, also one without work. A kernel then ends after all kernels before it have ended, so
-  that waiting for the last one is waiting for all, and a kernel that was launched without PDL may follow.
-- `gdc_launch_dependents` comes first: it promises nothing about memory, since whoever comes next waits for the end of
-  this kernel and not for this call.
-
-The model's layers do not use these kernels yet: no GPU has measured them. `python -m bench.small_linear` compares them
-with what the layers launch now, and prints for which shapes they would pay.
+The first weights are requested before the kernel waits for its inputs (`model.kernels.dependent`); `Tiling.prefetch`
+tells how many more. Which layers use these kernels, and how they are cut, is for `model.kernels.linear` to say.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton gives annotations a meaning of its own, so that pointers in kernels have comments instead.)
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+# (Triton gives annotations a meaning of its own, so that pointers in kernels have comments instead, and knows no lists:
+# what a loop collects is a tuple that grows.)
 
 from __future__ import annotations
 
@@ -38,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels.activation import silu_and_mul_torch
+from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import rms_norm_torch
 from model.kernels.runtime import jit, jit_once, tl, triton
 
@@ -50,9 +45,10 @@ class Tiling:
 
     A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for dot. A tile is `block_n` weight rows
     (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for
-    each of its `warps`, so that a thread has the same eight columns of all rows. `splits` programs share the reduction
-    of one row block (dot only). With dependent launch, `prefetch` columns of each weight row, a power of two from 64 or
-    none, are requested into the L2 cache ahead of everything else.
+    each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under way at a
+    time, in registers (fma) or shared memory (dot). `splits` programs share the reduction of one row block (dot only).
+    With dependent launch, `prefetch` columns of each weight row (fma: beyond those in registers), a power of two from
+    64 or none, are requested into the L2 cache ahead of everything else.
     """
 
     form: Literal["fma", "dot"]
@@ -76,21 +72,19 @@ def small_linear_torch(
     *,
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
-    gated: bool = False,
     residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return `residual + act(norm(x) @ weight.T + bias)`, each part where it is given.
+    gated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (act(norm(x + residual) @ weight.T + bias), x + residual), each part where it is given.
 
-    x: [rows, k]. weight: [n, k], bias: [n]. norm: [k], the weight of an RMSNorm with `eps`. With `gated` the first
-    n / 2 features are gates and the others ups, and act is silu(gate) * up. residual, and what is returned: [rows, n],
-    or [rows, n / 2] with `gated`. Inputs are not written.
+    x, residual: [rows, k]; their sum is rounded to the dtype before it is normed, and is x itself without `residual`.
+    norm: [k], the weight of an RMSNorm with `eps`. weight: [n, k], bias: [n]. With `gated` the first n / 2 features are
+    gates and the others ups, and act is silu(gate) * up. The first result: [rows, n], or [rows, n / 2] with `gated`.
+    Inputs are not written.
     """
-    if norm is not None:
-        x = rms_norm_torch(x, norm, eps)
-    out = F.linear(x, weight, bias)
-    if gated:
-        out = silu_and_mul_torch(out)
-    return out if residual is None else residual + out
+    total = x if residual is None else x + residual
+    out = F.linear(total if norm is None else rms_norm_torch(total, norm, eps), weight, bias)
+    return silu_and_mul_torch(out) if gated else out, total
 
 
 def small_linear_triton(
@@ -100,37 +94,41 @@ def small_linear_triton(
     *,
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
-    gated: bool = False,
     residual: torch.Tensor | None = None,
+    gated: bool = False,
+    out: torch.Tensor | None = None,
     tiling: Tiling,
     pdl: bool = False,
-) -> torch.Tensor:
-    """As `small_linear_torch`, for as many rows as the tiling takes, and k divisible by 8.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `small_linear_torch`, for as many rows as the tiling takes, k divisible by 8, and a residual only with a norm.
 
+    The first result is written to `out`, contiguous and of its shape and dtype, where that is given.
     `pdl` makes it a dependent launch, for which a GPU of compute capability 9 or later is needed.
     """
     rows, (n, k) = x.shape[0], weight.shape
-    width = n // 2 if gated else n
     assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
-    assert all(t.is_contiguous() for t in (x, weight, residual) if t is not None), "x, weight, residual: contiguous"
+    assert residual is None or norm is not None, "a residual is added for a norm"
+    assert all(t.is_contiguous() for t in (x, weight, residual, out) if t is not None), "tensors must be contiguous"
     assert k % 8 == 0, f"rows of {k} elements are not aligned"
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(x)
     # A pointer that nothing is read through stands for what is not given.
     pointers = (
         x,
+        x if residual is None else residual,
+        x if norm is None else norm,
         weight,
         x if bias is None else bias,
-        x if norm is None else norm,
-        x if residual is None else residual,
+        out,
+        total,
     )
-    parts = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": gated}
+    parts = {"ADD": residual is not None, "NORM": norm is not None, "BIAS": bias is not None, "GATED": gated}
     launch = {"num_warps": tiling.warps, "num_stages": tiling.stages} | ({"launch_pdl": True} if pdl else {})
     tiles = triton.cdiv(n, tiling.block_n)
-    even_n, even_k = n % tiling.block_n == 0, k % (tiling.block_k * tiling.splits) == 0
     if tiling.form == "fma":
         _fma_kernel[(tiles,)](
             *pointers,
-            out,
             eps,
             rows,
             n,
@@ -138,22 +136,22 @@ def small_linear_triton(
             ROWS=tiling.rows,
             BLOCK_N=tiling.block_n,
             BLOCK_K=tiling.block_k,
-            ONE_TILE=k <= tiling.block_k,
-            EVEN_N=even_n,
-            EVEN_K=even_k,
+            STAGES=tiling.stages,
+            WHOLE=k <= tiling.block_k * tiling.stages,
+            EVEN_N=n % tiling.block_n == 0,
+            EVEN_K=k >= tiling.block_k * tiling.stages,
             PREFETCH=tiling.prefetch if pdl else 0,
             LANES=32 * tiling.warps,
             PDL=pdl,
             **parts,
             **launch,
         )
-        return out
+        return out, total
     splits = tiling.splits
     shape = (tiles, splits, tiling.rows) if splits > 1 else (0, 0, 0)
     assert splits == 1 or tiles <= _MAX_SPLIT_TILES, f"{tiles} row blocks are too many to be split"
     _dot_kernel[(tiles, splits)](
         *pointers,
-        out,
         torch.empty((*shape, tiling.block_n), dtype=torch.float32, device=x.device),
         torch.empty(shape, dtype=torch.float32, device=x.device),
         _arrivals(x.device),
@@ -165,8 +163,8 @@ def small_linear_triton(
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
         SPLITS=splits,
-        EVEN_N=even_n,
-        EVEN_K=even_k,
+        EVEN_N=n % tiling.block_n == 0,
+        EVEN_K=k % (tiling.block_k * splits) == 0,
         STAGES=tiling.stages,
         PREFETCH=tiling.prefetch if pdl else 0,
         LANES=32 * tiling.warps,
@@ -174,7 +172,7 @@ def small_linear_triton(
         **parts,
         **launch,
     )
-    return out
+    return out, total
 
 
 @cache
@@ -199,7 +197,7 @@ def _features(tile, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
 
 
 @jit
-def _begin(
+def _prefetch(
     weight_ptr,
     feature,
     n,
@@ -209,11 +207,8 @@ def _begin(
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
     PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Let the next kernel start; request columns first .. first + PREFETCH - 1 (below last) of each weight row."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    """Request columns first .. first + PREFETCH - 1 (below last) of each weight row into the L2 cache."""
     if PREFETCH > 0:
         # Each thread asks for a piece of its own, unless pieces would be small: they must be of whole 16 bytes.
         PIECES: tl.constexpr = max(1, min(LANES // BLOCK_N, PREFETCH // 64))
@@ -240,7 +235,6 @@ def _finish(
     feature,  # [BLOCK_N]
     row,  # [ROWS]
     bias_ptr,
-    residual_ptr,
     out_ptr,
     rows,
     n,
@@ -248,15 +242,13 @@ def _finish(
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
 ):
     """Apply what comes after the product and store it, rounding where the separate operations do."""
     dtype = out_ptr.dtype.element_ty
     if BIAS:
         total += tl.load(bias_ptr + feature, mask=feature < n, other=0.0).to(tl.float32)[:, None]
-    total = total.to(dtype).to(tl.float32)
     if GATED:
-        pairs = tl.permute(tl.reshape(total, (BLOCK_N // 2, 2, ROWS)), (0, 2, 1))
+        pairs = tl.permute(tl.reshape(total.to(dtype).to(tl.float32), (BLOCK_N // 2, 2, ROWS)), (0, 2, 1))
         gate, up = tl.split(pairs)
         total = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
         column = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -266,19 +258,18 @@ def _finish(
         width = n
     offsets = row.to(tl.int64)[None, :] * width + column[:, None]
     mask = (column < width)[:, None] & (row < rows)[None, :]
-    if RESIDUAL:
-        total = total.to(dtype).to(tl.float32) + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, total.to(dtype), mask=mask)
 
 
 @jit_once("rows")
 def _fma_kernel(
     x_ptr,  # [rows, k]
+    residual_ptr,  # [rows, k], read only with ADD
+    norm_ptr,  # [k], read only with NORM
     weight_ptr,  # [n, k]
     bias_ptr,  # [n], read only with BIAS
-    norm_ptr,  # [k], read only with NORM
-    residual_ptr,  # as out, read only with RESIDUAL
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    total_ptr,  # [rows, k], written only with ADD
     eps,
     rows,
     n,
@@ -286,73 +277,139 @@ def _fma_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PREFETCH: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
+    ADD: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """One program: BLOCK_N features of every row."""
+    """One program: BLOCK_N features of every row. It holds STAGES tiles of the weight, with WHOLE all there are."""
+    begin_dependents(PDL)
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
-    _begin(weight_ptr, feature, n, k, BLOCK_K, k, BLOCK_N, LANES, PREFETCH, PDL)
+    _prefetch(weight_ptr, feature, n, k, STAGES * BLOCK_K, k, BLOCK_N, LANES, 0 if WHOLE else PREFETCH)
     column = tl.arange(0, BLOCK_K)
     weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
     owned = (feature < n)[:, None]
-    weight = _load_tile(weights, owned, column, k, EVEN_N, EVEN_K)
-    if NORM and ONE_TILE:
-        gain = tl.load(norm_ptr + column, mask=column < k, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    dtype = x_ptr.dtype.element_ty
+    held = ()
+    gains = ()
+    for stage in tl.static_range(STAGES):
+        here = stage * BLOCK_K + column
+        held = held + (_load_tile(weights + stage * BLOCK_K, owned, here, k, EVEN_N, EVEN_K),)
+        gains = gains + (_load_gain(norm_ptr, here, k, NORM),)
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)
+        squares = squares + (tl.zeros([1, BLOCK_K // 8], tl.float32),)
+    wait(PDL)
 
-    if ONE_TILE:
-        for r in tl.static_range(ROWS):
-            x = _load_row(x_ptr, r, rows, column, k)
-            if NORM:
-                x = _norm_row(x, tl.rsqrt(tl.sum(x * x, axis=0) / k + eps), gain, dtype)
-            _finish(
-                tl.sum(weight.to(tl.float32) * x[None, :], axis=1)[:, None], tile, feature, r + tl.arange(0, 1),
-                bias_ptr, residual_ptr, out_ptr, rows, n, BLOCK_N, 1, BIAS, GATED, RESIDUAL,
-            )  # fmt: skip
+    if WHOLE:
+        xs = ()
+        for stage in tl.static_range(STAGES):
+            rows_of = _load_rows(x_ptr, residual_ptr, rows, stage * BLOCK_K + column, k, ROWS, ADD)
+            xs = xs + (rows_of,)
+        for stage in tl.static_range(STAGES):
+            sums, squares = _multiply(sums, squares, held[stage], gains[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K, NORM)
+        for stage in tl.static_range(STAGES):
+            _store_rows(xs[stage], total_ptr, tile, rows, stage * BLOCK_K + column, k, ROWS, ADD)
     else:
-        scales = ()
+        for start in range(0, k, STAGES * BLOCK_K):
+            next_held = ()
+            next_gains = ()
+            for stage in tl.static_range(STAGES):
+                here = start + stage * BLOCK_K + column
+                x = _load_rows(x_ptr, residual_ptr, rows, here, k, ROWS, ADD)
+                sums, squares = _multiply(sums, squares, held[stage], gains[stage], x, ROWS, BLOCK_N, BLOCK_K, NORM)
+                # Into the registers of what was just used, while the other stages are still on their way.
+                ahead = start + (STAGES + stage) * BLOCK_K
+                tile_ahead = _load_tile(weights + ahead, owned, ahead + column, k, EVEN_N, False)
+                next_held = next_held + (tile_ahead,)
+                next_gains = next_gains + (_load_gain(norm_ptr, ahead + column, k, NORM),)
+                _store_rows(x, total_ptr, tile, rows, here, k, ROWS, ADD)
+            held = next_held
+            gains = next_gains
+    total = _reduce(sums, BLOCK_N, ROWS)
+    if NORM:
+        total *= tl.rsqrt(_reduce(squares, 1, ROWS) / k + eps)
+    _finish(total, tile, feature, tl.arange(0, ROWS), bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)
+
+
+@jit
+def _load_rows(x_ptr, residual_ptr, rows, column, k, ROWS: tl.constexpr, ADD: tl.constexpr):
+    """Load columns of x, or of x + residual: ROWS of [BLOCK_K] float32, zeros outside of it."""
+    dtype = x_ptr.dtype.element_ty
+    xs = ()
+    for r in tl.static_range(ROWS):
+        xs = xs + (_load_row(x_ptr, r, rows, column, k),)
+    if ADD:
+        totals = ()
         for r in tl.static_range(ROWS):
-            if NORM:
-                squares = tl.zeros([BLOCK_K], tl.float32)
-                for start in range(0, k, BLOCK_K):
-                    x = _load_row(x_ptr, r, rows, start + column, k)
-                    squares += x * x
-                scales = scales + (tl.rsqrt(tl.sum(squares, axis=0) / k + eps),)  # type: ignore  # noqa: RUF005
-        sums = ()
-        for _ in tl.static_range(ROWS):
-            sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)  # type: ignore  # noqa: RUF005
-        for start in range(0, k, BLOCK_K):
-            ahead = start + BLOCK_K
-            next_weight = _load_tile(weights + ahead, owned, ahead + column, k, EVEN_N, False)
-            wide = weight.to(tl.float32)
-            if NORM:
-                gain = tl.load(norm_ptr + start + column, mask=start + column < k, other=0.0).to(tl.float32)
-            new_sums = ()
-            for r in tl.static_range(ROWS):
-                x = _load_row(x_ptr, r, rows, start + column, k)
-                if NORM:
-                    x = _norm_row(x, scales[r], gain, dtype)
-                # Eight neighbours lie in one thread, which adds them up without asking others.
-                products = tl.reshape(wide * x[None, :], (BLOCK_N, BLOCK_K // 8, 8))
-                new_sums = new_sums + (sums[r] + tl.sum(products, axis=2),)  # type: ignore  # noqa: RUF005
-            sums = new_sums
-            weight = next_weight
+            total = xs[r] + _load_row(residual_ptr, r, rows, column, k)
+            totals = totals + (total.to(dtype).to(tl.float32),)
+        xs = totals
+    return xs
+
+
+@jit
+def _store_rows(xs, total_ptr, tile, rows, column, k, ROWS: tl.constexpr, ADD: tl.constexpr):
+    """With ADD, store columns of x + residual, which every program has: each row is written by one of them."""
+    if ADD:
         for r in tl.static_range(ROWS):
-            _finish(
-                tl.sum(sums[r], axis=1)[:, None], tile, feature, r + tl.arange(0, 1),
-                bias_ptr, residual_ptr, out_ptr, rows, n, BLOCK_N, 1, BIAS, GATED, RESIDUAL,
-            )  # fmt: skip
+            width = tl.where((r < rows) & (tile == r % tl.num_programs(0)), k, 0)
+            tl.store(total_ptr + r * k + column, xs[r].to(total_ptr.dtype.element_ty), mask=column < width)
+
+
+@jit
+def _multiply(
+    sums,  # ROWS of [BLOCK_N, BLOCK_K / 8] float32
+    squares,  # ROWS of [1, BLOCK_K / 8] float32
+    weight,  # [BLOCK_N, BLOCK_K]
+    gain,  # [BLOCK_K] float32, used with NORM
+    xs,  # ROWS of [BLOCK_K] float32
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Return `sums` and `squares` with those of one tile added.
+
+    Eight neighbours lie in one thread, which adds them up without asking others.
+    """
+    wide = weight.to(tl.float32)
+    new_sums = ()
+    new_squares = ()
+    for r in tl.static_range(ROWS):
+        x = xs[r]
+        if NORM:
+            of_row = tl.sum(tl.reshape(x * x, (1, BLOCK_K // 8, 8)), axis=2)
+            new_squares = new_squares + (squares[r] + of_row,)
+            x = x * gain
+        products = tl.reshape(wide * x[None, :], (BLOCK_N, BLOCK_K // 8, 8))
+        new_sums = new_sums + (sums[r] + tl.sum(products, axis=2),)
+    return new_sums, (new_squares if NORM else squares)
+
+
+@jit
+def _reduce(
+    parts,  # ROWS of [N, BLOCK_K / 8]
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum over the columns of all rows at once: [N, ROWS]."""
+    if ROWS == 1:
+        joined = parts[0]
+    elif ROWS == 2:
+        joined = tl.join(parts[0], parts[1])
+    else:
+        joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    return tl.reshape(tl.sum(joined, axis=1), (N, ROWS))
 
 
 @jit
@@ -363,9 +420,12 @@ def _load_row(x_ptr, r, rows, column, k):
 
 
 @jit
-def _norm_row(x, scale, gain, dtype: tl.constexpr):
-    """Return gain * (scale * x), rounded where `rms_norm` does."""
-    return (gain * (x * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+def _load_gain(norm_ptr, column, k, NORM: tl.constexpr):
+    """Load columns of the norm's weight, [BLOCK_K] float32; without NORM return what nothing is done with."""
+    gain = tl.zeros([1], tl.float32)
+    if NORM:
+        gain = tl.load(norm_ptr + column, mask=column < k, other=0.0).to(tl.float32)
+    return gain
 
 
 @jit
@@ -385,11 +445,12 @@ def _load_tile(pointers, owned, column, k, EVEN_N: tl.constexpr, EVEN_K: tl.cons
 @jit_once("rows")
 def _dot_kernel(
     x_ptr,  # [rows, k]
+    residual_ptr,  # [rows, k], read only with ADD
+    norm_ptr,  # [k], read only with NORM
     weight_ptr,  # [n, k]
     bias_ptr,  # [n], read only with BIAS
-    norm_ptr,  # [k], read only with NORM
-    residual_ptr,  # as out, read only with RESIDUAL
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    total_ptr,  # [rows, k], written only with ADD
     partial_ptr,  # [tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
     squares_ptr,  # [tiles, SPLITS, ROWS] float32, where SPLITS > 1 and NORM
     arrivals_ptr,  # [tiles] int32, zeros before and after
@@ -407,33 +468,40 @@ def _dot_kernel(
     PREFETCH: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
+    ADD: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """One program: BLOCK_N features of every row, over one of SPLITS parts of the reduction."""
+    begin_dependents(PDL)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     part = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
     first = split * part
     last = tl.minimum(first + part, k)
     feature = _features(tile, n, BLOCK_N, GATED)
-    _begin(weight_ptr, feature, n, k, first, last, BLOCK_N, LANES, PREFETCH, PDL)
+    _prefetch(weight_ptr, feature, n, k, first, last, BLOCK_N, LANES, PREFETCH)
     owned = (feature < n)[:, None]
     column = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
     weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
-    xs = x_ptr + row[:, None] * k + column[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    offsets = row[:, None] * k + column[None, :]
+    wait(PDL)
 
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         weight = _load_tile(weights + start, owned, start + column, k, EVEN_N, EVEN_K)
         inside = start + column < k
-        x = tl.load(xs + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+        mask = (row < rows)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + offsets + start, mask=mask, other=0.0)
+        if ADD:
+            other = tl.load(residual_ptr + offsets + start, mask=mask, other=0.0)
+            x = (x.to(tl.float32) + other.to(tl.float32)).to(x.dtype)
+            # Every program has the sum; each part of it is written by one of them.
+            written = tl.where(tile == (start // BLOCK_K) % tl.num_programs(0), rows, 0)
+            tl.store(total_ptr + offsets + start, x, mask=(row < written)[:, None] & inside[None, :])
         if NORM:
             gain = tl.load(norm_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
             wide = x.to(tl.float32)
@@ -462,7 +530,4 @@ def _dot_kernel(
                 squares += tl.load(squares_ptr + place + s * ROWS, cache_modifier=".cg")
     if NORM:
         total *= tl.rsqrt(squares / k + eps)[None, :]
-    _finish(
-        total, tile, feature, row, bias_ptr, residual_ptr, out_ptr, rows, n,
-        BLOCK_N, ROWS, BIAS, GATED, RESIDUAL,
-    )  # fmt: skip
+    _finish(total, tile, feature, row, bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)

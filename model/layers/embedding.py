@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from model.kernels.packed import linear, pack
+from model.kernels.linear import linear
+from model.kernels.packed import pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
 from model.parallel import TensorParallel
 
@@ -57,6 +58,18 @@ class ParallelLMHead(_VocabParallel):
         """[rows, hidden] to contiguous [rows, vocab_size], the same on every rank."""
         logits = self._tp.all_gather_last(linear(hidden_states, self.weight))
         return logits[:, : self._vocab_size].contiguous()
+
+    def forward_share(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to [ceil(rows / size), vocab_size]: the logits of this rank's share of the rows.
+
+        They are the rows that `forward` gives, bit for bit. Where the rows do not divide, the last shares end in rows
+        of zeros.
+        """
+        logits = linear(hidden_states, self.weight)
+        missing = -logits.shape[0] % self._tp.size
+        if missing:
+            logits = F.pad(logits, (0, 0, 0, missing))
+        return self._tp.exchange_rows(logits)[:, : self._vocab_size].contiguous()
 
     def finish(self) -> None:
         """Where the weight is tied to the embedding and is packed, it is a second copy from now on."""

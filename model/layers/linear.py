@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model.kernels.packed import linear, pack
+from model.kernels.linear import linear, norm_linear
+from model.kernels.packed import pack
+from model.layers.activation import SiluAndMul
+from model.layers.norm import RMSNorm
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
 from model.parallel import TensorParallel
 
@@ -41,6 +44,15 @@ class ColumnParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] to this rank's output features, the packed parts side by side."""
         return linear(x, self.weight, self.bias)
+
+    def after(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, then: SiluAndMul | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (then(self(norm(x + residual))), x + residual), in fewer launches where that is faster.
+
+        x, residual: [tokens, in_features]; without a residual (the first layer's) the sum is x itself.
+        """
+        return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, gated=then is not None)
 
     def finish(self) -> None:
         self.weight = pack(self.weight)
@@ -132,7 +144,8 @@ class RowParallelLinear(ShardedModule):
         """This rank's [tokens, in_features / size] to the whole [tokens, out_features], the same on every rank."""
         if self._tp.size == 1:
             return linear(x, self.weight, self.bias)
-        out = self._tp.all_reduce(linear(x, self.weight))
+        room = self._tp.room_for_summand(torch.Size((x.shape[0], self.weight.shape[0])), x.dtype)
+        out = self._tp.all_reduce(linear(x, self.weight, out=room))
         return out if self.bias is None else out.add_(self.bias)
 
     def finish(self) -> None:

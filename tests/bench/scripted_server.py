@@ -35,6 +35,8 @@ class ScriptedServer:
     credentials: grpc.ServerCredentials | None = None
     requests: list[GenerateRequest] = field(default_factory=list)
     arrived: list[float] = field(default_factory=list)
+    peers: list[str] = field(default_factory=list)
+    """Where each call came from."""
     cancelled: int = 0
     most_running: int = 0
 
@@ -64,6 +66,7 @@ class ScriptedServer:
         with self._lock:
             self.requests.append(request)
             self.arrived.append(time.perf_counter())
+            self.peers.append(context.peer())
             number = len(self.requests)
             self._running += 1
             self.most_running = max(self.most_running, self._running)

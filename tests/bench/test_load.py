@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_concurrency_is_kept_over_all_processes(server: ScriptedServer, tmp_path
     assert result["peak_running"] <= 5
     assert result["client"]["processes"] == 2
     assert len({tuple(request.prompt.token_ids.ids) for request in server.requests}) == 40, "each was sent once"
+
+
+def test_connections_share_the_calls(server: ScriptedServer, tmp_path: Path) -> None:
+    load = ["--num-requests", "40", "--concurrency", "10", "--processes", "2", "--warmup", "0"]
+    result = measure(server, tmp_path, *load, "--connections", "5")
+    calls = Counter(server.peers)
+    assert sorted(calls.values()) == [6, 7, 7, 10, 10], "three connections of one process, two of the other"
+    assert result["client"]["connections"] == 5
+    server.peers.clear()
+    assert measure(server, tmp_path, *load)["client"]["connections"] == len(set(server.peers)) == 2
 
 
 def test_all_at_once_is_the_default(server: ScriptedServer, tmp_path: Path) -> None:
@@ -317,7 +328,7 @@ def test_json_says_what_made_it(server: ScriptedServer, tmp_path: Path) -> None:
     assert result["server"]["tensor_parallel_size"] == 2
     assert result["model"]["name"] == "scripted <b>"
     assert result["model"]["context_length"] == CONTEXT_LENGTH
-    assert set(result["client"]) == {"version", "python", "grpcio", "platform", "cores", "processes"}
+    assert set(result["client"]) == {"version", "python", "grpcio", "platform", "cores", "processes", "connections"}
     assert result["options"]["input_len"] == "3:5"
     assert result["options"]["settings"] == {"text": True, "token_ids": False, "bypass_prefix_cache": True}
     assert len(result["client_cpu_shares"]) == 1

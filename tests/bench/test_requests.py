@@ -222,12 +222,14 @@ def test_value_that_cannot_be(arguments: list[str]) -> None:
     num=st.integers(1, 60),
     concurrency=st.one_of(st.none(), st.integers(1, 80)),
     processes=st.integers(1, 12),
+    connections=st.integers(1, 20),
     warmup=st.integers(0, 20),
 )
-def test_processes_share_requests_concurrency_and_warm_up(
-    num: int, concurrency: int | None, processes: int, warmup: int
+def test_processes_share_requests_concurrency_connections_and_warm_up(
+    num: int, concurrency: int | None, processes: int, connections: int, warmup: int
 ) -> None:
     arguments = ["--num-requests", str(num), "--input-len", "1", "--processes", str(processes), "--warmup", str(warmup)]
+    arguments += ["--connections", str(connections)]
     if concurrency is not None:
         arguments += ["--concurrency", str(concurrency)]
     made = workload(*arguments)
@@ -236,6 +238,9 @@ def test_processes_share_requests_concurrency_and_warm_up(
     numbered = sorted(itertools.chain(*(share.requests for share in shares)), key=lambda pair: pair[0])
     assert numbered == list(enumerate(made.requests))
     assert sum(len(share.warmup) for share in shares) == warmup
+    streams = min(num, concurrency or num)
+    assert sum(share.connections for share in shares) == max(len(shares), min(connections, streams))
+    assert min(share.connections for share in shares) >= 1
     parts = [share.concurrency for share in shares]
     if concurrency is None:
         assert set(parts) == {None}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from model.config import Qwen3Config
 from model.inputs import StepInputs
+from model.kernels import linear
+from model.kernels.runtime import triton
+from model.kernels.small_linear import Tiling
+from model.kernels.tilings import tiling_for
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from model.weights import load_model
@@ -65,6 +71,26 @@ def unpack(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
             if parameter.is_mkldnn:
                 setattr(module, name, torch.nn.Parameter(parameter.to_dense(), requires_grad=False))
     return model
+
+
+@contextmanager
+def fused_launches() -> Iterator[None]:
+    """Let linear layers of few rows be one launch with what stands around them, in Triton's interpreter.
+
+    Tiles are as large as they may be there: it takes its time for each program.
+    """
+
+    def tiling(rows: int, n: int, k: int, *, norm: bool, gated: bool) -> Tiling | None:
+        chosen = tiling_for(rows, n, k, norm=norm, gated=gated)
+        return replace(chosen, block_n=64) if chosen is not None else None
+
+    with patch.object(linear, "_wants_small_linear", lambda x: True), patch.object(linear, "tiling_for", tiling):
+        yield
+
+
+def interpreted() -> bool:
+    """Tell whether Triton's kernels run in its interpreter here, on the CPU."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def random_ids(count: int, vocab_size: int = TINY["vocab_size"], seed: int = 0) -> list[int]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from model.parallel import TensorParallel
 from tests.model import parallel_rank
-from tests.model.helpers import save_checkpoint
+from tests.model.helpers import interpreted, save_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
     "kv heads replicated on 4, vocabulary padded": {},
@@ -37,13 +37,30 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]
     return folders, results
 
 
+@pytest.mark.parametrize(
+    "launches",
+    [
+        "logits",
+        pytest.param("fused", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")),
+    ],
+)
 @pytest.mark.parametrize("size", parallel_rank.SIZES)
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=[name.replace(" ", "-") for name in SHAPES])
-def test_equals_one_process(outcome: tuple[list[Path], Path], number: int, size: int) -> None:
+def test_equals_one_process(outcome: tuple[list[Path], Path], number: int, size: int, launches: str) -> None:
     folders, results = outcome
     alone = parallel_rank.logits_of(folders[number], TensorParallel.single())
-    ranks = [load_file(results / f"{size}-{number}-{rank}.safetensors")["logits"] for rank in range(size)]
+    ranks = [load_file(results / f"{size}-{number}-{rank}.safetensors")[launches] for rank in range(size)]
     error = (ranks[0] - alone).abs().max() / alone.abs().max()
     assert error <= 1e-4
     assert torch.equal(ranks[0].argmax(-1), alone.argmax(-1))
     assert all(torch.equal(ranks[0], other) for other in ranks[1:])
+
+
+@pytest.mark.parametrize("size", parallel_rank.SIZES)
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=[name.replace(" ", "-") for name in SHAPES])
+def test_a_sum_in_one_shot_is_the_same_sum(outcome: tuple[list[Path], Path], number: int, size: int) -> None:
+    _, results = outcome
+    for rank in range(size):
+        logits = load_file(results / f"{size}-{number}-{rank}.safetensors")
+        error = (logits["one shot"] - logits["logits"]).abs().max() / logits["logits"].abs().max()
+        assert error <= 1e-5

@@ -130,11 +130,11 @@ def serve(leader: FakeLeader, checkpoint: Path) -> Serve:
     """`async with serve(option=...) as served`: a gateway with these options, stopped at the end."""
 
     @contextlib.asynccontextmanager
-    async def start(*, wait: bool = True, **options: Any) -> AsyncIterator[Served]:
+    async def start(*, wait: bool = True, number: int = 0, **options: Any) -> AsyncIterator[Served]:
         settings: dict[str, Any] = {"model": str(checkpoint), "port": 0, "metrics_port": -1, "drain_timeout_s": 5.0}
         config = ServeConfig(**(settings | options))
         ours, theirs = multiprocessing.Pipe()
-        gateway = Gateway(config, leader.endpoint, ChildEnd(theirs))
+        gateway = Gateway(config, leader.endpoint, ChildEnd(theirs), number)
         running = asyncio.create_task(gateway.run())
         supervisor = SupervisorEnd(ours)
         try:

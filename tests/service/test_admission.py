@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.admission import Admission, Ticket
+from service.admission import Admission, Ticket, part_of
 from service.errors import OverloadedError, ServeError, UnavailableError
 
 MAX_REQUESTS, MAX_TOKENS, MAX_STREAMS = 4, 50, 6
@@ -74,3 +74,11 @@ def test_nobody_gets_in_while_it_drains() -> None:
         admission.admit(1)
     assert isinstance(caught.value, ServeError)
     assert (caught.value.reason, told) == ("DRAINING", ["DRAINING"])
+
+
+@pytest.mark.parametrize("gateways", [1, 2, 3, 7])
+@pytest.mark.parametrize("limit", [7, 8, 1024])
+def test_the_parts_of_a_limit_add_up_to_it(limit: int, gateways: int) -> None:
+    parts = [part_of(limit, number, gateways) for number in range(gateways)]
+    assert sum(parts) == limit
+    assert 1 <= min(parts) <= max(parts) <= min(parts) + 1

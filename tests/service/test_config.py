@@ -58,6 +58,7 @@ def test_an_option_of_the_engine_is_a_flag_too() -> None:
         (["--tls-cert", "a"], ["--tls-cert: needs --tls-key"]),
         (["--tls-key", "a"], ["--tls-key: needs --tls-cert"]),
         (["--tls-client-ca", "a"], ["--tls-client-ca: needs --tls-cert and --tls-key"]),
+        (["--gateways", "3", "--max-streams", "2"], ["--max-streams: each of --gateways 3 needs a part of it"]),
         (["--config", "/no/such/file"], ["--config: cannot read /no/such/file: No such file or directory"]),
         (["--drain-timeout-s", "inf"], ["--drain-timeout-s: input should be a finite number, got 'inf'"]),
     ],
@@ -68,6 +69,13 @@ def test_every_problem_is_one_readable_line(arguments: list[str], lines: list[st
     found = str(caught.value).splitlines()
     assert len(found) == len(lines)
     assert all(any(line.startswith(wanted) for line in found) for wanted in lines)
+
+
+def test_several_gateways_need_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert load_config([]).gateways == 1
+    with pytest.raises(ConfigError, match="--gateways: several can share a port on Linux only"):
+        load_config(["--gateways", "2"])
 
 
 @pytest.mark.parametrize(("text", "says"), [("prt = 1", "--prt: no such option"), ("port = = 1", "is not TOML")])

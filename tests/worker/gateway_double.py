@@ -116,7 +116,7 @@ def main() -> None:
     try:
         code = serve(
             EngineConfig.model_validate_json(sys.argv[1]),
-            gateway,
+            [gateway],
             drain_timeout_s=20.0,
             on_progress=on_progress,
             on_ready=on_ready,

@@ -88,19 +88,19 @@ def requests(count: int, temperature: float, lengths: tuple[int, int] = (1, 400)
     ]
 
 
-def whole_prompt(ids: torch.Tensor, device: torch.device) -> StepInputs:
-    """One prefill row of all tokens, on blocks in order."""
-    count = len(ids)
-    positions = torch.arange(count, dtype=torch.int32, device=device)
+def prompt_chunk(ids: torch.Tensor, first: int, device: torch.device) -> StepInputs:
+    """One prefill row of the tokens `ids`, which follow `first` others of the prompt, on blocks in order."""
+    count, length = len(ids), first + len(ids)
+    positions = torch.arange(first, length, dtype=torch.int32, device=device)
     return StepInputs(
         token_ids=ids.int().to(device),
         positions=positions,
         kv_slots=positions.long(),
         query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
-        kv_lens=torch.tensor([count], dtype=torch.int32, device=device),
+        kv_lens=torch.tensor([length], dtype=torch.int32, device=device),
         block_tables=torch.arange(MAX_LEN // BLOCK, dtype=torch.int32, device=device)[None],
         num_decode_rows=0,
         max_chunk_rows=1,
         max_query_len=count,
-        max_kv_len=count,
+        max_kv_len=length,
     )

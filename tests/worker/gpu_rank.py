@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -13,13 +14,13 @@ from safetensors.torch import save_file
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from model.weights import load_model
-from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, requests, whole_prompt
+from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, prompt_chunk, requests
 
 SIZE = 2
 
 
-def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tensor:
-    """bf16 logits of a whole prompt: [tokens, vocab]."""
+def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | None = None) -> torch.Tensor:
+    """bf16 logits of a prompt, computed whole or in steps of so many tokens: [tokens, vocab]."""
     shape = Qwen3Config.from_folder(folder)
     device = torch.device("cuda", tp.rank)
     model = load_model(
@@ -35,12 +36,19 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor) -> torch.Tens
     )
     cache_shape = (shape.num_hidden_layers, 2, MAX_LEN // BLOCK, BLOCK, shape.kv_heads_per_rank(tp.size), 128)
     cache = torch.zeros(cache_shape, dtype=torch.bfloat16, device=device)
+    chunks = ids.split(step or len(ids))
     with torch.inference_mode():
-        return model.compute_logits(model(whole_prompt(ids, device), cache))
+        return torch.cat(
+            [
+                model.compute_logits(model(prompt_chunk(chunk, number * len(chunks[0]), device), cache))
+                for number, chunk in enumerate(chunks)
+            ]
+        )
 
 
-def main(rank: int, rendezvous: str, folder: str, results: str) -> None:
-    """Join over NCCL; write logits in bf16 and greedy tokens in fp32, by captured decode steps."""
+def main(rank: int, rendezvous: str, folder: str, results: str, trials: str) -> None:
+    """Join over NCCL; write logits in bf16 and greedy tokens in fp32, by captured decode steps, which try `trials`."""
+    os.environ["LIGHTQWEN_TRIALS"] = trials
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group(
@@ -48,12 +56,16 @@ def main(rank: int, rendezvous: str, folder: str, results: str) -> None:
     )
     tp = TensorParallel(rank, SIZE, dist.group.WORLD)
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
-    save_file({"logits": logits_of(Path(folder), tp, ids).cpu()}, Path(results) / f"logits-{rank}.safetensors")
+    logits = {"whole": logits_of(Path(folder), tp, ids), "few tokens a step": logits_of(Path(folder), tp, ids[:60], 3)}
+    save_file({name: of.cpu() for name, of in logits.items()}, Path(results) / f"logits-{rank}.safetensors")
     runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
+    assert (runner._tp.one_shot is not None) == ("symmetric_memory" in trials), "see the log for why"
     tokens = generate(runner, shape, requests(8, temperature=0.0))
     (Path(results) / f"tokens-{rank}.json").write_text(json.dumps(tokens))
     dist.barrier()
     torch.cuda.synchronize()
+    if runner._tp.one_shot is not None:
+        os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank
     del runner  # NCCL does not let a communicator go while a captured graph uses it
     gc.collect()
     dist.destroy_process_group()

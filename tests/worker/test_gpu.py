@@ -40,8 +40,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_logits_in_bf16_are_as_close_as_transformers_own(checkpoint: Path) -> None:
-    ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
+@pytest.fixture(params=["", "small_linear", "small_linear,pdl"], ids=["no_trials", "small_linear", "small_linear,pdl"])
+def _trials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on trial, here and in processes that are started."""
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", request.param)
+
+
+@pytest.mark.usefixtures("_trials")
+@pytest.mark.parametrize("step", [700, 13, 7, 3, 2, 1])
+def test_logits_in_bf16_are_as_close_as_transformers_own(checkpoint: Path, step: int) -> None:
+    """In steps of many tokens and of few, for which there are other kernels."""
+    ids = torch.randint(0, 4099, (700 if step == 700 else 200,), generator=torch.Generator().manual_seed(1))
 
     @torch.inference_mode()
     def reference(dtype: torch.dtype, attention: str) -> torch.Tensor:
@@ -50,11 +59,12 @@ def test_logits_in_bf16_are_as_close_as_transformers_own(checkpoint: Path) -> No
 
     exact = reference(torch.float32, "eager")
     own_errors = [(reference(torch.bfloat16, kind) - exact).norm() / exact.norm() for kind in ("eager", "sdpa")]
-    logits = gpu_rank.logits_of(checkpoint, TensorParallel.single(), ids).double()
+    logits = gpu_rank.logits_of(checkpoint, TensorParallel.single(), ids, step).double()
     error = (logits - exact).norm() / exact.norm()
     assert error <= 1.2 * max(own_errors), f"{error:.2e} against transformers' {own_errors}"
 
 
+@pytest.mark.usefixtures("_trials")
 def test_greedy_tokens_in_fp32_equal_transformers(checkpoint: Path) -> None:
     runner, shape = make_runner(checkpoint, dtype="float32")
     submits = requests(8, temperature=0.0)
@@ -73,16 +83,22 @@ def test_greedy_tokens_in_fp32_equal_transformers(checkpoint: Path) -> None:
         assert outputs[submit.request] == expected[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.usefixtures("_trials")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_graphs_give_what_eager_steps_give_bit_for_bit(checkpoint: Path, temperature: float) -> None:
-    submits = requests(16, temperature, lengths=(2, 30))  # as many as the largest graph has rows
+    batches = [
+        requests(16, temperature, lengths=(2, 30)),  # as many as the largest graph has rows
+        # Prompts of 64 tokens: their step has as many tokens as a captured one.
+        *(requests(count, temperature, lengths=(64, 65)) for count in (8, 4, 2, 1)),
+    ]
     outputs = []
     for cuda_graphs in (True, False):
         runner, shape = make_runner(checkpoint, cuda_graphs=cuda_graphs)
-        outputs.append(generate(runner, shape, submits))
+        outputs.append([generate(runner, shape, submits) for submits in batches])
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.usefixtures("_trials")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_step_never_waits_for_the_device(checkpoint: Path, cuda_graphs: bool) -> None:
@@ -111,16 +127,21 @@ def test_run_ahead_changes_no_token(checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < gpu_rank.SIZE, reason="needs two GPUs")
-def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "trials",
+    ["", "symmetric_memory", "sharded_sampling", "symmetric_memory,sharded_sampling", "small_linear,pdl"],
+)
+def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, trials: str) -> None:
     torch.multiprocessing.spawn(
-        gpu_rank.main, args=(str(tmp_path / "rendezvous"), str(checkpoint), str(tmp_path)), nprocs=gpu_rank.SIZE
+        gpu_rank.main, args=(str(tmp_path / "rendezvous"), str(checkpoint), str(tmp_path), trials), nprocs=gpu_rank.SIZE
     )
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
     alone = gpu_rank.logits_of(checkpoint, TensorParallel.single(), ids).double().cpu()
-    first, second = (load_file(tmp_path / f"logits-{rank}.safetensors")["logits"].double() for rank in range(2))
-    assert torch.equal(first, second)
-    # Each of the layers rounds its two partial sums to bf16 before they are added.
-    assert (first - alone).norm() / alone.norm() <= 2e-2
+    first, second = (load_file(tmp_path / f"logits-{rank}.safetensors") for rank in range(2))
+    for name, logits in first.items():
+        assert torch.equal(logits, second[name])
+        # Each of the layers rounds its two partial sums to bf16 before they are added.
+        assert (logits.double() - alone[: len(logits)]).norm() / alone[: len(logits)].norm() <= 2e-2, name
     runner, shape = make_runner(checkpoint, dtype="float32")
     expected = generate(runner, shape, requests(8, temperature=0.0))
     for rank in range(gpu_rank.SIZE):

@@ -333,6 +333,17 @@ def test_a_busy_leader_does_not_sleep_and_says_what_a_step_was() -> None:
     assert (stats[0].prompt_tokens, stats[1].generated_tokens, stats[1].running) == (12, 4, 2)
 
 
+def test_what_a_step_was_is_told_to_one_gateway_only() -> None:
+    bench = Bench(gateways=2)
+    bench.say((0, submit(1)), (1, submit(2)), (1, submit(3)))
+    bench.run()
+    told = [message.stats for gateway in (0, 1) for message in bench.outputs(gateway)]
+    assert all(stats.generated_tokens for stats in told), "what has been until now, everybody hears"
+    steps = [stats.step for stats in told if stats.step_rows]
+    assert sorted(steps) == list(range(1, len(bench.frames) + 1)), "each once"
+    assert sum(stats.step_rows for stats in told) == 3 * 5
+
+
 def test_flushing_answers_with_the_number_of_blocks() -> None:
     bench = Bench()
     prompt = list(range(10))

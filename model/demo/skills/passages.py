@@ -85,7 +85,8 @@ def long_passages(rng: Random) -> Question:
 def backward_questions(rng: Random) -> Question:
     """What is told of somebody is given and the name is asked for, which stands before it in the text.
 
-    A skill of its own, for a model of this kind learns to read on from a name long before it learns to look back.
+    A skill of its own, for a model of this kind learns to read on from a name long before it learns to look back. So
+    the working goes through the people, in the order in which the text names them, until one fits.
     """
     fillers = rng.randint(0, 3) if rng.random() < 0.9 else int(20 * 17 ** rng.random())
     return _question(rng, BACKWARD, facts=rng.randint(2, 10), fillers=fillers)
@@ -110,7 +111,10 @@ def _question(rng: Random, skill: str, facts: int, fillers: int) -> Question:
     (name, index), value = rng.choice(list(told.items()))
     relation, evidence = relations[index], sentences[name, index]
     if skill == BACKWARD:
-        return _ask(rng, zh, skill, text, relation.reverse.format(v=value), value, evidence, name)
+        by_mention = dict.fromkeys(n for sentence in text for (n, _), own in sentences.items() if own == sentence)
+        met = list(by_mention)[: list(by_mention).index(name) + 1]
+        search = [(n, told.get((n, index), "?")) for n in met]
+        return _ask_for_name(rng, zh, text, relation.reverse.format(v=value), search)
     if rng.random() < 0.15:
         name, index = rng.choice([(n, i) for n in people for i in kinds if (n, i) not in told])
         return _ask(rng, zh, skill, text, relations[index].question.format(n=name), name, "", "")
@@ -122,25 +126,40 @@ def _ask(
 ) -> Question:
     """`topic` is what the question names; `evidence` is empty if the text does not answer it."""
     passage = ("" if zh else " ").join(text)
-    if not zh:
-        passage, evidence, question = (mend_articles(part) for part in (passage, evidence, question))
     if zh:
-        prompt = rng.choice((f"阅读短文并回答问题。\n\n{passage}\n\n问题：{question}", f"{passage}\n\n{question}"))
         thought = f"关于{topic}，短文说：“{evidence}”" if evidence else "短文里没有提到。"
         full = f"{topic}：{evidence}答案：{answer}" if evidence else "短文里没有提到。"
-        found = f"{topic}：{answer}"
     else:
-        prompt = rng.choice(
-            (f"Read the text and answer the question.\n\n{passage}\n\nQuestion: {question}", f"{passage}\n\n{question}")
-        )
+        passage, evidence, question = (mend_articles(part) for part in (passage, evidence, question))
         thought = f'Of {topic} the text says: "{evidence}"' if evidence else "The text says nothing about it."
         full = f"{topic}: {evidence} So: {answer}" if evidence else "The text does not say."
-        found = f"{topic}: {answer}"
-    if skill == BACKWARD:  # the name comes at once, right after what is looked for
-        thought, full = f"{found}\n{thought}", found
+    prompt = _prompt(rng, zh, passage, question)
     if not evidence:
         return ask(skill, f"{question} {passage}", prompt, thought, full, refuses)
     return ask(skill, f"{question} {passage}", prompt, thought, answer, ends_with(answer), direct=full)
+
+
+def _ask_for_name(rng: Random, zh: bool, text: list[str], question: str, search: list[tuple[str, str]]) -> Question:
+    """`search`: those who are looked at, with what the text says of them; the last one is the answer."""
+    passage = ("" if zh else " ").join(text)
+    answer = search[-1][0]
+    if zh:
+        thought = "".join(f"{name}：{value}。" for name, value in search)
+        full = f"{thought}答案：{answer}"
+    else:
+        passage, question = mend_articles(passage), mend_articles(question)
+        thought = " ".join(f"{name}: {value}." for name, value in search)
+        full = f"{thought} So: {answer}"
+    prompt = _prompt(rng, zh, passage, question)
+    return ask(BACKWARD, f"{question} {passage}", prompt, thought, answer, ends_with(answer), direct=full)
+
+
+def _prompt(rng: Random, zh: bool, passage: str, question: str) -> str:
+    if zh:
+        return rng.choice((f"阅读短文并回答问题。\n\n{passage}\n\n问题：{question}", f"{passage}\n\n{question}"))
+    return rng.choice(
+        (f"Read the text and answer the question.\n\n{passage}\n\nQuestion: {question}", f"{passage}\n\n{question}")
+    )
 
 
 def _filler(rng: Random, zh: bool) -> str:

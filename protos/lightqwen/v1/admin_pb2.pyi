@@ -1,4 +1,4 @@
-# Made by protos/generate.py from lightqwen/v1/admin.proto, sha256 a8c26a6b2cb6ae69a0070ab2f7898cc5aeb6368a3936f8d22cf94fb9fbcf8391
+# Made by protos/generate.py from lightqwen/v1/admin.proto, sha256 afe66d01ec8a941f6e345917187711041565320213a8fe62f89fe06c49b71fb1
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

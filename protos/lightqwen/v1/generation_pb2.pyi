@@ -1,4 +1,4 @@
-# Made by protos/generate.py from lightqwen/v1/generation.proto, sha256 1b8c94cd1a3568e2d05decb482a26b84fc038716855f2326eacf93d549db0fec
+# Made by protos/generate.py from lightqwen/v1/generation.proto, sha256 94153469dd693605c8117c2aa288fd115c381a88b587a46df94b961767a2c321
 from google.protobuf import duration_pb2 as _duration_pb2
 from lightqwen.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers

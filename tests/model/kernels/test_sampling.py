@@ -64,8 +64,8 @@ def test_truncation_keeps_what_the_reference_keeps(
 ) -> None:
     """From flat to peaked, where all groups must be looked at and where few; with and without bounds of each kind."""
     if not ON_GPU:  # so that there are several passes in a vocabulary for the interpreter
-        for name in ("_GROUPS", "_LISTED_GROUPS", "_WIDE"):
-            monkeypatch.setattr(sampling, name, 16)
+        monkeypatch.setattr(sampling, "_GROUPS", 16)
+        monkeypatch.setattr(sampling, "_LISTED_GROUPS", 16)
     wanted = [
         {"top_p": 0.5},
         {"top_p": 0.95},
@@ -157,8 +157,10 @@ def test_a_token_depends_on_neither_row_nor_batch(triton_device: torch.device) -
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph(triton_device: torch.device) -> None:
+@pytest.mark.parametrize("trials", ["", "pdl"])
+def test_in_a_cuda_graph(triton_device: torch.device, trials: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that change between replays are followed."""
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
     tables = mixed_tables(triton_device)
     slots = torch.arange(ROWS, device=triton_device) % SLOTS
     lengths = torch.ones(ROWS, dtype=torch.int32, device=triton_device)

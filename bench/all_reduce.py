@@ -1,0 +1,188 @@
+"""How long an all-reduce takes on the GPUs of one machine: `python -m bench.all_reduce --json out.json`.
+
+NCCL against what is on trial (`model/one_shot.py`): the one-shot kernel with its summand in place, the same with a copy
+before, and PyTorch's two-shot kernel. Each is captured in a CUDA graph, many calls in a row, and timed by events around
+replays: the median per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each
+width, up to how many rows the one-shot kernel is faster than NCCL. (What NCCL and two-shot sum in place grows until it
+overflows, which takes them no longer.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bench.provenance import provenance
+from model.one_shot import MAX_PEER_BYTES, OneShotAllReduce, obstacle
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+WIDTHS = (1024, 4096, 5120)  # hidden sizes of 0.6B, 8B, 14B and 32B
+DTYPE = torch.bfloat16
+CALLS, REPLAYS = 50, 20
+KINDS = ("nccl", "one_shot", "copy_one_shot", "two_shot")
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    rows: int
+    width: int
+    us: dict[str, float]  # by KINDS
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.width * DTYPE.itemsize
+
+
+def calls_for(x: torch.Tensor, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> dict[str, Call]:
+    """What sums `x`, by KINDS. Whoever calls one first has put `x` where `one_shot` wants it."""
+    in_place = one_shot.room(x.shape, x.dtype)
+    assert in_place is not None
+    nccl, total = x.clone(), torch.empty_like(x)
+
+    def sum_by_nccl() -> torch.Tensor:
+        dist.all_reduce(nccl, group=group)
+        return nccl
+
+    def sum_in_one_shot(summand: torch.Tensor) -> torch.Tensor:
+        out = one_shot(summand)
+        assert out is not None
+        return out
+
+    def sum_in_two_shots() -> torch.Tensor:
+        return torch.ops.symm_mem.two_shot_all_reduce_out(in_place, "sum", group.group_name, total)
+
+    return {
+        "nccl": sum_by_nccl,
+        "one_shot": lambda: sum_in_one_shot(in_place),
+        "copy_one_shot": lambda: sum_in_one_shot(x),
+        "two_shot": sum_in_two_shots,
+    }
+
+
+def time_call(call: Call) -> float:
+    """Microseconds of a call among many in a CUDA graph, on the slowest rank."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    times = []
+    for replay in range(REPLAYS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        dist.barrier()
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 2:
+            times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+    slowest = torch.tensor([statistics.median(times)], device="cuda")
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.item()
+
+
+def measure(rows: int, width: int, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> Result:
+    """Check and time every kind of sum of [rows, width]."""
+    x = torch.randn(rows, width, device="cuda").to(DTYPE)
+    exact = x.float()
+    dist.all_reduce(exact, group=group)
+    us = {}
+    for kind, call in calls_for(x, one_shot, group).items():
+        in_place = one_shot.room(x.shape, x.dtype)
+        assert in_place is not None
+        dist.barrier()  # nobody reads the memory any more
+        in_place.copy_(x)
+        error = (call().float() - exact).norm() / exact.norm()
+        if not error <= 1e-2:
+            raise RuntimeError(f"{kind} of {rows} x {width} is wrong by {error:.1e}")
+        us[kind] = time_call(call)
+    return Result(rows, width, us)
+
+
+def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths: Sequence[int], report: str) -> None:
+    """Join the others and measure everything; rank 0 prints, and writes the results to `report`."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.manual_seed(rank)
+    store = dist.FileStore(rendezvous, size)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
+    if reason := obstacle(size, dtype=DTYPE, device=device):
+        raise RuntimeError(reason)
+    group = dist.group.WORLD
+    assert group is not None
+    one_shot = OneShotAllReduce(group, numel=max(rows) * max(widths), dtype=DTYPE, device=device)
+    results = []
+    if rank == 0:
+        print(f"{torch.cuda.get_device_name()} x {size}, torch {torch.__version__}, {DTYPE}; us per call")
+        print(f"{'rows':>5} {'width':>6} {'KiB':>6} " + " ".join(f"{kind:>13}" for kind in KINDS), flush=True)
+    for width in widths:
+        for count in rows:
+            result = measure(count, width, one_shot, group)
+            results.append(result)
+            if rank == 0:
+                times = " ".join(f"{result.us[kind]:13.1f}" for kind in KINDS)
+                print(f"{count:5} {width:6} {result.num_bytes / 1024:6.0f} {times}", flush=True)
+    if rank == 0:
+        for width in widths:
+            print(crossover([result for result in results if result.width == width], size))
+        made = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "size": size}
+        Path(report).write_text(json.dumps(made | {"results": [asdict(result) for result in results]}))
+    dist.barrier()
+    torch.cuda.synchronize()
+    sys.stdout.flush()
+    os._exit(0)  # what graphs hold of NCCL's and of the shared memory goes with the process
+
+
+def crossover(results: Sequence[Result], size: int) -> str:
+    """Say up to which number of rows the one-shot kernel wins. `results` are of one width, by rows."""
+    won = 0
+    while won < len(results) and results[won].us["one_shot"] <= results[won].us["nccl"]:
+        won += 1
+    width = results[0].width
+    limit = f"MAX_PEER_BYTES allows {MAX_PEER_BYTES // (size - 1) // (width * DTYPE.itemsize)} rows"
+    if not won:
+        return f"width {width}: NCCL is faster from {results[0].rows} rows on; {limit}"
+    last = results[won - 1]
+    read = last.num_bytes * (size - 1)
+    return f"width {width}: one-shot is faster up to {last.rows} rows ({read} bytes from all peers); {limit}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, choices=(2, 4, 8), help="GPUs that take part (%(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="(default: %(default)s)")
+    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, with where they come from")
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    found = torch.cuda.device_count()
+    if found < arguments.ranks:
+        print(f"bench.all_reduce: {arguments.ranks} CUDA devices are needed, {found} found", file=sys.stderr)
+        return 1
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        args = (arguments.ranks, f"{folder}/rendezvous", sorted(arguments.rows), arguments.widths, str(report))
+        torch.multiprocessing.spawn(run_rank, args=args, nprocs=arguments.ranks)
+        if arguments.json:
+            whole = provenance("bench.all_reduce") | json.loads(report.read_text(encoding="utf-8"))
+            arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Dependent launches: only where they are on trial, and with the results of launches that wait for each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.kernels import dependent
+from model.kernels.activation import silu_and_mul
+from model.kernels.norm import add_rms_norm
+from model.kernels.rope_kv import qk_norm_rope_store
+
+EPS = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("trials", "hopper", "options"),
+    [("", True, {}), ("small_linear", True, {}), ("pdl", False, {}), ("small_linear,pdl", True, {"launch_pdl": True})],
+)
+def test_options(monkeypatch: pytest.MonkeyPatch, trials: str, hopper: bool, options: dict[str, bool]) -> None:
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
+    monkeypatch.setattr(dependent, "is_hopper", lambda device: hopper)
+    assert dependent.dependent_launch(torch.empty(1)) == options
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_layer_in_a_row(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads what the one before wrote; a program that does not wait for it shows. Between them is one of torch."""
+    tokens, heads, kv_heads, head_dim, length = 48, 8, 4, 128, 24
+    width = (heads + 2 * kv_heads) * head_dim
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape).to(triton_device, dtype)
+
+    x, weights, qk_weight = draw(tokens, width), draw(length, width), draw(head_dim)
+    cos_sin = draw(tokens, head_dim, dtype=torch.float32)
+    positions = torch.arange(tokens, dtype=torch.int32, device=triton_device)
+    slots = torch.randperm(tokens).to(triton_device)
+    caches = torch.zeros(2, 1, tokens, kv_heads, head_dim, dtype=torch.bfloat16, device=triton_device)
+
+    def chain() -> torch.Tensor:
+        hidden, residual = x, x
+        for weight in weights:
+            hidden, residual = add_rms_norm(hidden, residual, weight, EPS)
+            q = qk_norm_rope_store(
+                hidden, qk_weight, qk_weight, cos_sin, positions, slots, caches[0], caches[1], heads, kv_heads, EPS
+            )
+            hidden = torch.cat((q.flatten(1), silu_and_mul(hidden)), dim=1)
+        return hidden
+
+    monkeypatch.delenv("LIGHTQWEN_TRIALS", raising=False)
+    expected, expected_caches = chain(), caches.clone()
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl")
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(10):
+        out.fill_(torch.nan)
+        caches.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+        assert torch.equal(caches, expected_caches)

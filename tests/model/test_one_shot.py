@@ -1,0 +1,72 @@
+"""Sums in one shot: on two GPUs against NCCL and exact sums, and why a rank may not be able to make them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import one_shot
+from tests.model import one_shot_rank
+from tests.processes import until
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < one_shot_rank.SIZE, reason="needs two GPUs")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@two_gpus
+def test_two_gpus_sum_rightly_whatever_comes_before_and_after(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_shot_rank.main, args=(str(tmp_path / "rendezvous"),), nprocs=one_shot_rank.SIZE)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@two_gpus
+def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
+    """Its kernel never ends; the supervisor must get rid of it all the same, and the GPU be of use to the next rank."""
+    waiting = tmp_path / "waiting"
+    ranks = torch.multiprocessing.spawn(
+        one_shot_rank.wait_for_ever,
+        args=(str(tmp_path / "rendezvous"), str(waiting)),
+        nprocs=one_shot_rank.SIZE,
+        join=False,
+    )
+    first, second = ranks.processes
+    until(waiting.exists, 120.0, "rank 0 does not wait")
+    second.join(30.0)
+    assert second.exitcode == 0
+    assert first.is_alive()
+    first.kill()
+    first.join(30.0)
+    assert first.exitcode == -signal.SIGKILL
+    assert torch.ones(8, device="cuda:0").sum().item() == 8
+
+
+def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 1)
+
+    def obstacle(dtype: torch.dtype = torch.bfloat16, device: torch.device = gpu) -> str:
+        return one_shot.obstacle(3, dtype=dtype, device=device)
+
+    backend: str | None = None
+    monkeypatch.setattr(torch.distributed._symmetric_memory, "get_backend", lambda device: backend)
+    monkeypatch.setattr(one_shot, "_reaches", lambda device, peer: peer != unreachable)
+    unreachable = 2
+    assert "not for cpu" in obstacle(device=torch.device("cpu"))
+    assert "torch.float16" in obstacle(dtype=torch.float16)
+    assert "not built" in obstacle()
+    backend = "NVSHMEM"
+    assert "is NVSHMEM here" in obstacle()
+    backend = "CUDA"
+    assert obstacle() == "GPU 1 does not reach the memory of GPU 2 as over NVLink"
+    unreachable = 3  # no such peer
+    assert obstacle() == ""
+
+
+def test_more_ranks_take_smaller_tensors() -> None:
+    for size in (2, 4, 8):
+        read = one_shot.largest_numel(size, torch.bfloat16) * 2 * (size - 1)
+        assert one_shot.MAX_PEER_BYTES - 2 * size < read <= one_shot.MAX_PEER_BYTES
