@@ -290,7 +290,7 @@ def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> Non
 def test_prefill_by_descriptors(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that every query sees come by descriptors: of short rows none, of long ones most."""
     monkeypatch.setenv("LIGHTQWEN_TRIALS", "tensor_descriptors")
-    for shape, dtype in CASES:
+    for shape, dtype in (CASES[1], CASES[-1]):
         heads, kv_heads, head_dim, block_size = shape
         sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
         rows = [*MIXED_ROWS, (20, 300), (40, 130)]
