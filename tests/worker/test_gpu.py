@@ -40,7 +40,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["", "small_linear", "small_linear,pdl"], ids=["no_trials", "small_linear", "small_linear,pdl"])
+ONE_GPU = ["", "small_linear", "small_linear,pdl", "tile_stream,tensor_descriptors", "small_linear,pdl,tile_stream"]
+
+
+@pytest.fixture(params=ONE_GPU, ids=lambda trials: trials or "no_trials")
 def _trials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on trial, here and in processes that are started."""
     monkeypatch.setenv("LIGHTQWEN_TRIALS", request.param)
@@ -129,7 +132,14 @@ def test_run_ahead_changes_no_token(checkpoint: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < gpu_rank.SIZE, reason="needs two GPUs")
 @pytest.mark.parametrize(
     "trials",
-    ["", "symmetric_memory", "sharded_sampling", "symmetric_memory,sharded_sampling", "small_linear,pdl"],
+    [
+        "",
+        "symmetric_memory",
+        "sharded_sampling",
+        "symmetric_memory,sharded_sampling",
+        "small_linear,pdl",
+        "symmetric_memory,sharded_sampling,small_linear,pdl,tile_stream",
+    ],
 )
 def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, trials: str) -> None:
     torch.multiprocessing.spawn(
