@@ -15,6 +15,9 @@ import torch
 
 from model.errors import ModelError
 
+# Multiply and add in one instruction, as Triton does by default up to 3.9, and will not from 3.10 on.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
     import triton.language as tl

@@ -1,0 +1,131 @@
+"""Compile what steps launch for compute capability 9.0, without a GPU: `compile_only.py CHECKPOINT DTYPE`.
+
+Whole steps run on CPU tensors through Triton's own JIT, with a driver that compiles and does not launch, so that what
+they compute is garbage. Writes a line of JSON for each kernel that was compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import model.kernels
+import worker.tables
+from model import sampler
+from model.attention.triton_backend import TritonAttention
+from model.config import Qwen3Config
+from model.parallel import TensorParallel
+from model.qwen3 import Qwen3ForCausalLM
+from worker.plan import StepBounds
+from worker.tables import SlotTables
+
+CPU = torch.device("cpu")
+MAX_LEN, BLOCK, SLOTS = 1024, 64, 16
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class CompileOnly:
+    """A driver of a Hopper that is not there."""
+
+    launcher_cls = None
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(folder: str, dtype: torch.dtype) -> None:
+    kernels: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels[kernel.hash] = kernel
+        return kernel
+
+    driver.set_active(CompileOnly())
+    JITFunction.run = compile_only
+    modules = [importlib.import_module(f"model.kernels.{m.name}") for m in pkgutil.iter_modules(model.kernels.__path__)]
+    for module in (*modules, sampler, worker.tables):
+        for name in ("use_triton", "is_hopper"):
+            if hasattr(module, name):
+                setattr(module, name, lambda _: True)
+    run_steps(Qwen3Config.from_folder(folder), dtype)
+    for kernel in kernels.values():
+        sys.stdout.write(json.dumps(describe(kernel)) + "\n")
+
+
+def run_steps(config: Qwen3Config, dtype: torch.dtype) -> None:
+    """Steps of every kind: so many rows, of which so many may be chunks."""
+    attention = TritonAttention(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+        block_size=BLOCK,
+        device=CPU,
+        dtype=dtype,
+    )
+    qwen3 = Qwen3ForCausalLM(
+        config, attention, max_model_len=MAX_LEN, tp=TensorParallel.single(), dtype=dtype, device=CPU
+    )
+    tables = SlotTables(
+        num_slots=SLOTS, max_model_len=MAX_LEN, block_size=BLOCK, vocab_size=config.vocab_size, device=CPU
+    )
+    cache = torch.zeros(
+        (config.num_hidden_layers, 2, 2, BLOCK, config.num_key_value_heads, config.head_dim), dtype=dtype
+    )
+    for rows, chunks in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (5, 3), (8, 8)):
+        tokens = 64 if chunks else rows
+        bounds = StepBounds(
+            num_tokens=tokens,
+            num_decode_rows=0 if chunks else rows,
+            max_chunk_rows=chunks,
+            max_query_len=tokens if chunks else 1,
+            max_kv_len=MAX_LEN,
+        )
+        slots, ones = torch.zeros(rows, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+        tables.set_blocks(torch.zeros((3, 3), dtype=torch.int32))
+        inputs, of_rows = tables.prepare(slots, ones, bounds)
+        inputs.token_ids.zero_()  # the embedding is no kernel of ours, and looks them up
+        logits = qwen3.compute_logits(qwen3(inputs, cache)[:rows])
+        tables.retire(of_rows, sampler.sample(logits, slots, ones, tables.sampling))
+
+
+def describe(kernel: Any) -> dict[str, object]:
+    """Its name, and what it needs: bytes of shared memory and of stack, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = re.search(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)", usage)
+    assert numbers is not None, usage
+    return {
+        "name": kernel.metadata.name,
+        "dependent": kernel.metadata.launch_pdl,
+        "shared": kernel.metadata.shared,
+        **{name: int(number) for name, number in numbers.groupdict().items()},
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], getattr(torch, sys.argv[2]))

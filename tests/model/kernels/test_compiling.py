@@ -1,0 +1,76 @@
+"""Every kernel of a step compiles for a Hopper, which the interpreter cannot tell; no GPU is needed for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.shapes import write_config
+
+pytest.importorskip("triton")
+
+SHARED_BYTES = 227 << 10  # that a program of a Hopper can have
+STACK_BYTES = 64  # for a register or two that one or the other version of the compiler cannot place
+ALWAYS = {
+    "_choose_kernel",
+    "_enter_blocks_kernel",
+    "_plan_kernel",
+    "_prefill_kernel",
+    "_prepare_kernel",
+    "_qk_norm_rope_store_kernel",
+    "_retire_kernel",
+    "_rms_norm_kernel",
+    "_score_kernel",
+    "_silu_and_mul_kernel",
+}
+DEPENDENT = {
+    "_qk_norm_rope_store_kernel",
+    "_rms_norm_kernel",
+    "_silu_and_mul_kernel",
+    "_score_kernel",
+    "_choose_kernel",
+    "_fma_kernel",
+    "_dot_kernel",
+    "_decode_kernel",
+    "_decode_tiles_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layers of 0.6B, one of them, and a vocabulary that nothing divides."""
+    folder = write_config("0.6B", tmp_path_factory.mktemp("shape"))
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    small = {"num_hidden_layers": 1, "vocab_size": 4099, "eos_token_id": 1, "bos_token_id": 1}
+    file.write_text(json.dumps(config | small))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trials", "others"),
+    [
+        ("bfloat16", "", {"_decode_kernel"}),
+        ("float32", "", {"_decode_kernel"}),
+        ("bfloat16", "pdl,small_linear", {"_decode_kernel", "_fma_kernel", "_dot_kernel"}),
+        ("bfloat16", "pdl,tile_stream,tensor_descriptors", {"_plan_tiles_kernel", "_decode_tiles_kernel"}),
+    ],
+)
+def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, trials: str, others: set[str]) -> None:
+    environment = {**os.environ, "LIGHTQWEN_TRIALS": trials, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.model.kernels.compile_only", str(shape), dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    kernels: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} == ALWAYS | others
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_BYTES, kernel
+        assert kernel["stack"] <= STACK_BYTES or dtype == "float32", f"registers are spilled: {kernel}"
+        assert kernel["dependent"] == ("pdl" in trials and kernel["name"] in DEPENDENT), kernel
