@@ -184,8 +184,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
 
-    import torch
-    import transformers
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        print(f"bench.cpu: {error.name} is not installed; see the extra test of pyproject.toml", file=sys.stderr)
+        return 1
 
     torch.set_num_threads(arguments.threads)
     report = provenance("bench.cpu") | {"size": arguments.size, "threads": arguments.threads}

@@ -190,7 +190,7 @@ def main() -> int:
 
         code = serve(
             config,
-            functools.partial(drive, arguments.only, str(result_file)),
+            [functools.partial(drive, arguments.only, str(result_file))],
             drain_timeout_s=5.0,
             on_progress=phases.note,
             on_ready=on_ready,

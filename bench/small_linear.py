@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from bench.provenance import provenance
 from bench.shapes import write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.norm import add_rms_norm
+from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling, small_linear_triton
 from model.kernels.tilings import ROW_CLASSES, Work, default_tiling
 

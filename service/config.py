@@ -28,7 +28,7 @@ ENV_PREFIX = "LIGHTQWEN_"
 
 
 class ServeConfig(BaseSettings, EngineConfig):
-    """Serve a Qwen3 checkpoint over gRPC."""
+    """Serve a Qwen3 checkpoint over gRPC. Options may also be LIGHTQWEN_... variables, or keys of --config's file."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, env_prefix=ENV_PREFIX, env_ignore_empty=True

@@ -152,7 +152,10 @@ class Metrics:
             registry=self._counted,
         )
         streams = Gauge(
-            "lightqwen_streams_in_flight", "Generate calls that are open.", ["model"], registry=self._counted
+            "lightqwen_streams_in_flight",
+            "Generate calls that the engine works for.",
+            ["model"],
+            registry=self._counted,
         )
         self._streams = streams.labels(self._model)
         self._rejections = self._labelled_counter(

@@ -41,7 +41,7 @@ class EngineConfig(BaseModel):
     join_timeout_s: float = Field(600.0, ge=1.0)
     """How long the nodes may take to find each other."""
     attention_backend: Literal["auto", "torch", "triton", "flash"] = "auto"
-    """Attention implementation. `auto`: triton on CUDA, torch on the CPU."""
+    """Attention implementation. `auto`: triton on CUDA, torch on the CPU. `flash` needs the extra of that name."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest sequence (prompt + output) in tokens. Default: the checkpoint's, cut to what the KV cache holds."""
     max_running: int | None = Field(None, ge=1, le=4096)

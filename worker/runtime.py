@@ -93,7 +93,8 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
         where = f" on each of {config.nodes} nodes" if config.nodes > 1 else ""
         raise ConfigError(
             f"tensor_parallel_size={config.tensor_parallel_size} needs {config.local_size} CUDA GPUs{where}, "
-            f"{found} found; lower it, make more GPUs visible (CUDA_VISIBLE_DEVICES), or use device=cpu"
+            f"{found} found by PyTorch {torch.__version__}; {'lower it, ' if found else ''}make more GPUs visible "
+            "(CUDA_VISIBLE_DEVICES), or use device=cpu"
         )
     return torch.device("cuda", rank - config.local_ranks.start)
 
