@@ -83,7 +83,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python
-	@echo "set-up: $(TORCH)"
+	@echo "set-up: $(TORCH), which is large: some minutes on a slow line"
 	@$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@touch $@
 

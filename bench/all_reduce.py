@@ -115,7 +115,7 @@ def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     torch.manual_seed(rank)
-    store = dist.FileStore(rendezvous, size)
+    store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
     if reason := obstacle(size, dtype=DTYPE, device=device):
         raise RuntimeError(reason)
@@ -177,7 +177,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         args = (arguments.ranks, f"{folder}/rendezvous", sorted(arguments.rows), arguments.widths, str(report))
-        torch.multiprocessing.spawn(run_rank, args=args, nprocs=arguments.ranks)
+        torch.multiprocessing.spawn(run_rank, args=args, nprocs=arguments.ranks)  # type: ignore[attr-defined]
         if arguments.json:
             whole = provenance("bench.all_reduce") | json.loads(report.read_text(encoding="utf-8"))
             arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -131,7 +131,7 @@ def run_theirs(model: PreTrainedModel, jobs: list[Job], sampling: Sampling) -> t
     options = {"do_sample": False} if sampling is GREEDY else {"do_sample": True, **sampling}
     steps = max(job.max_tokens for job in jobs)
     began = time.perf_counter()
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=steps, **options)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=steps, **options)  # type: ignore[operator]
     seconds = time.perf_counter() - began
     return seconds, [row[longest : longest + job.max_tokens].tolist() for row, job in zip(out, jobs, strict=True)]
 
@@ -149,7 +149,8 @@ def measure(folder: Path, dtype: str, threads: int, pairs: int) -> dict[str, Any
             short = [Job(job.prompt_ids, 2) for job in jobs]
             run_ours(address, short, sampling)  # warm-up
             run_theirs(model, short, sampling)
-            ours, theirs = [], []
+            ours: list[tuple[float, Any]] = []
+            theirs: list[tuple[float, Any]] = []
             for pair in range(pairs):
                 for mine in (True, False) if pair % 2 == 0 else (False, True):
                     seconds, tokens = run_ours(address, jobs, sampling) if mine else run_theirs(model, jobs, sampling)

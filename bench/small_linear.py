@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ def launch(
     layer: Layer, variant: Variant, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model does for a layer with the fused kernels; x and residual are added where it has a norm."""
-    options = {"gated": layer.gated, "tiling": variant.tiling, "pdl": variant.pdl}
+    options: dict[str, Any] = {"gated": layer.gated, "tiling": variant.tiling, "pdl": variant.pdl}
     if variant.norm:
         return small_linear_triton(x, weight, norm=norm, eps=EPS, residual=residual, **options)
     if layer.norm:
@@ -219,7 +220,7 @@ class Inputs:
         """Return the microseconds of `call`, made for each of the weights in turn."""
         sets = len(self.weights)
         launches = -(-max(8, min(LAUNCHES, (4 << 30) // self.layer.num_bytes)) // sets) * sets
-        return time_calls([lambda weight=weight: call(weight) for weight in self.weights], launches)
+        return time_calls([partial(call, weight) for weight in self.weights], launches)
 
     def time_variant(self, rows: int, variant: Variant) -> float:
         """Return the microseconds of a launch; infinity, and a line of output, where it fails or is wrong."""

@@ -24,10 +24,18 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-__all__ = ["is_hopper", "jit", "jit_once", "on_trial", "tl", "triton", "use_triton"]
+__all__ = ["is_hopper", "jit", "jit_once", "on_trial", "tl", "trials_in_effect", "triton", "use_triton"]
 
 TRIALS = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tile_stream", "tensor_descriptors")
 """What is built and tested, but not yet chosen by a measurement on a GPU; docs/performance.md tells of each."""
+
+
+def trials_in_effect() -> list[str]:
+    """Return those of `TRIALS` that LIGHTQWEN_TRIALS names.
+
+    Raises ModelError where it names something else.
+    """
+    return sorted(_trials(os.environ.get("LIGHTQWEN_TRIALS", "")))
 
 
 def on_trial(name: str) -> bool:

@@ -81,6 +81,11 @@ def test_a_gpu_where_there_is_none(config: EngineConfig) -> None:
     assert "device=cpu" in reason
 
 
+def test_a_trial_that_there_is_not(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl,speed")
+    assert reason_of(config).startswith("LIGHTQWEN_TRIALS: no such trial: speed; there are pdl,")
+
+
 def test_a_context_that_the_kv_cache_does_not_hold(config: EngineConfig) -> None:
     reason = reason_of(changed(config, num_blocks=3, max_model_len=64))
     assert reason.startswith("max_model_len=64 does not fit the KV cache of 3 blocks of 16 tokens; lower it to 48")
