@@ -1,0 +1,39 @@
+"""The engine benchmark on a small checkpoint: it starts the ranks, measures, ends, and writes what it found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = (sys.executable, "-m", "bench.engine")
+
+
+@pytest.mark.slow
+def test_a_figure_of_a_checkpoint(root: Path, endless_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [*BENCH, "--model", endless_checkpoint, "--only", "ttft_1k_ms", "--json", file, "--set", "device=cpu"]
+    run = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(file.read_text())
+    assert result["engine"]["device"] == "cpu"
+    assert result["size"] is None  # it is of no published shape
+    assert len(result["ttft_1k_ms"]["values"]) == 3
+    assert all(value > 0 for value in result["ttft_1k_ms"]["values"])
+    assert 0 < result["ready_s"] <= sum(result["phases_s"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_a_user_must_mend_is_one_line(root: Path) -> None:
+    command = [*BENCH, "--set", "device=cuda"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 1
+    assert [line for line in run.stderr.splitlines() if line.startswith("bench.engine: ")] == [
+        "bench.engine: tensor_parallel_size=1 needs 1 CUDA GPUs, 0 found; lower it, make more GPUs visible "
+        "(CUDA_VISIBLE_DEVICES), or use device=cpu"
+    ]
+    assert "Traceback" not in run.stderr
