@@ -168,7 +168,9 @@ def origin(config: EngineConfig) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
     parser.add_argument("--model", help="folder of a checkpoint to use instead")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="which figures")

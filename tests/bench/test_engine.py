@@ -37,3 +37,9 @@ def test_what_a_user_must_mend_is_one_line(root: Path) -> None:
         "(CUDA_VISIBLE_DEVICES), or use device=cpu"
     ]
     assert "Traceback" not in run.stderr
+
+
+def test_help_defines_every_figure(root: Path) -> None:
+    run = subprocess.run([*BENCH, "--help"], cwd=root, capture_output=True, text=True, check=True, timeout=55)
+    for figure in ("mixed256:", "tpot_bN:", "ttft_1k:", "prefill_16x4k:", "tpot_b8_ctx8k:"):
+        assert figure in run.stdout
