@@ -197,7 +197,7 @@ def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Call
     kernels: dict[str, list[float]] = defaultdict(list)
     spans = []
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             kernels[event.name].append(event.time_range.elapsed_us())
             spans.append((event.time_range.start, event.time_range.end))
     groups: dict[str, float] = defaultdict(float)
