@@ -32,7 +32,7 @@ from bench.provenance import provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
 from worker.client import EngineClient, EngineEndpoint, EngineRequest
-from worker.config import EngineConfig
+from worker.config import ConfigError, EngineConfig
 from worker.control import ChildEnd, Drain, Progress, Stop, Up
 from worker.messages import EngineInfo, SamplingParams
 from worker.supervisor import Facts, serve
@@ -168,7 +168,9 @@ def origin(config: EngineConfig) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
     parser.add_argument("--model", help="folder of a checkpoint to use instead")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="which figures")
@@ -188,15 +190,20 @@ def main() -> int:
             phases.end()
             ready.append(seconds)
 
-        code = serve(
-            config,
-            [functools.partial(drive, arguments.only, str(result_file))],
-            drain_timeout_s=5.0,
-            on_progress=phases.note,
-            on_ready=on_ready,
-        )
+        try:
+            code = serve(
+                config,
+                [functools.partial(drive, arguments.only, str(result_file))],
+                drain_timeout_s=5.0,
+                on_progress=phases.note,
+                on_ready=on_ready,
+            )
+        except ConfigError as error:
+            print(f"bench.engine: {error}", file=sys.stderr)
+            return 1
         results = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-        results |= {"size": arguments.size, "ready_s": ready[0] if ready else None, "phases_s": phases.seconds}
+        size = None if arguments.model else arguments.size
+        results |= {"size": size, "ready_s": ready[0] if ready else None, "phases_s": phases.seconds}
         results |= origin(config)
     if ready:
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())

@@ -82,7 +82,9 @@ def measure(rows: int, steps: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.leader", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.leader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256], help="requests that decode together")
     parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()

@@ -227,7 +227,9 @@ def _union(spans: list[tuple[float, float]]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64, 256], help="decode with so many requests")
     parser.add_argument("--context", type=int, default=300, help="tokens of each (default: 300)")

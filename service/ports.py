@@ -64,9 +64,11 @@ def hold_port(host: str, port: int, option: str) -> Iterator[int]:
 
 
 def cannot_listen(error: OSError | None, host: str, port: int, option: str) -> ConfigError:
+    """`option` is the port's, such as --metrics-port; the host's, --metrics-host, is called after it."""
     if error is None or error.errno == errno.EADDRINUSE:
         return ConfigError(f"port {port} on {host} is in use; choose another with {option}")
-    return ConfigError(f"cannot listen on {host_port(host, port)}: {error.strerror}; see {option}")
+    host_option = f"{option.removesuffix('port')}host"
+    return ConfigError(f"cannot listen on {host_port(host, port)}: {error.strerror}; see {host_option} and {option}")
 
 
 def host_port(host: str, port: int) -> str:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
+
 from lightqwen.client import Client, Finished, FinishReason, Generation, LightqwenError, build_chat
 from service.access import Access
 from service.terminal import CommandError, printable
@@ -150,4 +152,11 @@ def _connect(arguments: argparse.Namespace) -> Iterator[Client]:
         with access.client() as client:
             yield client
     except LightqwenError as error:
-        raise CommandError(f"{access.target}: {error}") from error
+        raise CommandError(f"{access.target}: {error}{_remedy(error)}") from error
+
+
+def _remedy(error: LightqwenError) -> str:
+    """What helps where nobody answered: a server that is not available itself says so, or when to try again."""
+    if error.code is not grpc.StatusCode.UNAVAILABLE or error.reason or error.retry_delay_s is not None:
+        return ""
+    return " (is a server running there? `lightqwen serve` starts one, --target names another)"

@@ -249,7 +249,9 @@ def test_what_the_contract_has_no_room_for_is_one_line(options: list[str | bytes
 
 
 def test_nobody_there_is_one_line() -> None:
-    assert_one_error_line(run("generate", "x", "--target", "127.0.0.1:1"), "127.0.0.1:1", "UNAVAILABLE")
+    remedy = "is a server running there? `lightqwen serve` starts one"
+    for command in (["generate", "x"], ["chat"]):
+        assert_one_error_line(run(*command, "--target", "127.0.0.1:1"), "127.0.0.1:1: UNAVAILABLE", remedy)
 
 
 def test_raw_with_a_system_message_is_refused() -> None:

@@ -76,7 +76,7 @@ class EngineConfig(BaseModel):
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
-            raise ValueError(f"must be a power of two, got {value}")
+            raise ValueError("must be a power of two")
         return value
 
     @model_validator(mode="after")

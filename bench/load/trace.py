@@ -66,7 +66,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[TraceLine]:
 
 def _read_line(path: Path, number: int, text: str) -> TraceLine:
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.strip())
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
         given = [name for name in PROMPTS if name in fields]
@@ -80,6 +80,8 @@ def _read_line(path: Path, number: int, text: str) -> TraceLine:
             output_length=_length("output_length", fields.get("output_length")),
             hash_ids=tuple(_ids("hash_ids", fields.get("hash_ids", []))),
         )
+    except json.JSONDecodeError as error:
+        raise LoadError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:
         raise LoadError(f"{path}, line {number}: {error}") from error
 

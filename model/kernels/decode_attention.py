@@ -34,12 +34,10 @@ _RECORD = 8  # int32 words
 class TilePlan:
     """A step's tiles, and the scratch memory of its launches."""
 
-    records: (
-        torch.Tensor
-    )  # [max_tiles, 8] int32: first row in the cache, keys, token, row, place in its row, row's tiles
-    totals: (
-        torch.Tensor
-    )  # [2] int32: tiles that hold keys, which come first; then rows without keys, with one tile each
+    records: torch.Tensor
+    """[max_tiles, 8] int32: first row in the cache, keys, token, row, place in its row, the row's tiles, two unused."""
+    totals: torch.Tensor
+    """[2] int32: tiles that hold keys, which come first in `records`; then rows without keys, with one tile each."""
     partial_out: torch.Tensor  # [2 * parts, heads, head_dim] float32
     partial_lse: torch.Tensor  # [2 * parts, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: parts of the row that have ended

@@ -1,4 +1,4 @@
-"""The engine's benchmark starts an engine as the server does, measures, and ends it."""
+"""The engine benchmark on a small checkpoint: it starts the ranks, measures, ends, and writes what it found."""
 
 from __future__ import annotations
 
@@ -8,15 +8,38 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+BENCH = (sys.executable, "-m", "bench.engine")
 
 
 @pytest.mark.slow
-def test_it_measures_a_small_checkpoint(root: Path, demo_checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.engine", "--model", demo_checkpoint, "--only", "ttft_1k_ms"]
-    command += ["--set", "device=cpu", "num_blocks=64", "--json", tmp_path / "out.json"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=55)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result["ttft_1k_ms"]["median"] > 0
+def test_a_figure_of_a_checkpoint(root: Path, endless_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [*BENCH, "--model", endless_checkpoint, "--only", "ttft_1k_ms", "--json", file, "--set", "device=cpu"]
+    run = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(file.read_text())
     assert result["engine"]["device"] == "cpu"
-    assert result["ready_s"] > 0
+    assert result["size"] is None  # it is of no published shape
+    assert len(result["ttft_1k_ms"]["values"]) == 3
+    assert all(value > 0 for value in result["ttft_1k_ms"]["values"])
+    assert 0 < result["ready_s"] <= sum(result["phases_s"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_a_user_must_mend_is_one_line(root: Path) -> None:
+    command = [*BENCH, "--set", "device=cuda"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 1
+    told = [line for line in run.stderr.splitlines() if line.startswith("bench.engine: ")]
+    assert len(told) == 1
+    assert "needs 1 CUDA GPU" in told[0]
+    assert "device=cpu" in told[0]
+    assert "Traceback" not in run.stderr
+
+
+def test_help_defines_every_figure(root: Path) -> None:
+    run = subprocess.run([*BENCH, "--help"], cwd=root, capture_output=True, text=True, check=True, timeout=55)
+    for figure in ("mixed256:", "tpot_bN:", "ttft_1k:", "prefill_16x4k:", "tpot_b8_ctx8k:"):
+        assert figure in run.stdout

@@ -50,7 +50,7 @@ def test_lines_come_in_the_order_of_their_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "Expecting"),
+        ('{"input_length": 5', "not JSON: Expecting ',' delimiter at column 19"),
         ("[1]", "not a JSON object"),
         ({"timestamp": 1}, "one of prompt, messages, token_ids, input_length is needed, got none"),
         ({"prompt": "x", "input_length": 3}, "got prompt and input_length"),

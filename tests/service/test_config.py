@@ -51,7 +51,7 @@ def test_an_option_of_the_engine_is_a_flag_too() -> None:
     ("arguments", "lines"),
     [
         (["--port", "70000"], ["--port: input should be less than or equal to 65535, got '70000'"]),
-        (["--port", "x", "--block-size", "3"], ["--port: ", "--block-size: must be a power of two, got 3"]),
+        (["--port", "x", "--block-size", "3"], ["--port: ", "--block-size: must be a power of two, got '3'"]),
         (["--dtype", "int3"], ["--dtype: input should be 'auto', 'bfloat16'"]),
         (["--bogus", "1"], ["unrecognized arguments: --bogus 1"]),
         (["--por", "1"], ["unrecognized arguments: --por 1"]),

@@ -257,7 +257,7 @@ async def test_an_address_that_is_not_ours_is_one_readable_line(leader: FakeLead
     with process(config_for(checkpoint, host="192.0.2.1"), leader) as (child, supervisor, _):
         fatal = await hear(supervisor)
         assert isinstance(fatal, Fatal)
-        assert fatal.reason.startswith("cannot listen on 192.0.2.1:0: ")
+        assert fatal.reason == ("cannot listen on 192.0.2.1:0: Cannot assign requested address; see --host and --port")
         assert await ended(child) == 2
 
 
