@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.provenance import provenance
+from bench.provenance import json_file, provenance
 from model.one_shot import MAX_PEER_BYTES, OneShotAllReduce, obstacle
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -163,7 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4, 8), help="GPUs that take part (%(default)s)")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="(default: %(default)s)")
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, with where they come from")
+    parser.add_argument(
+        "--json", type=json_file, metavar="FILE", help="write the results here, with where they come from"
+    )
     return parser
 
 

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.provenance import provenance
+from bench.provenance import json_file, provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, uniform
 from lightqwen.client import AsyncClient, Delta
@@ -182,7 +182,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="(default: float32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each workload (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
 
     try:

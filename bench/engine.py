@@ -28,7 +28,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from bench.provenance import provenance
+from bench.provenance import json_file, provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
 from worker.client import EngineClient, EngineEndpoint, EngineRequest
@@ -174,7 +174,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
     parser.add_argument("--model", help="folder of a checkpoint to use instead")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="which figures")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=json_file, help="write the figures here")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options: device=cpu ...")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bench.provenance import json_file
 from bench.shapes import SIZES, write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.attention import SPLITTING, Splitting, paged_attention_triton, plan_attention
@@ -281,7 +282,7 @@ def main() -> int:
         "--kernel", nargs="+", default=[], metavar="NAME", help="only these kernels, as the table names them"
     )
     parser.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.kernels: no CUDA device", file=sys.stderr)

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 import model.demo
-from bench.provenance import provenance
+from bench.provenance import json_file, provenance
 from bench.workloads import Job, uniform
 from service.config import ServeConfig
 from service.ports import hold_port
@@ -224,7 +224,7 @@ def main() -> int:
         "--tokens", type=int, default=200_000, help="output tokens of a measurement (default: %(default)s)"
     )
     parser.add_argument("--gateways", type=int, default=1, metavar="N", help="gateway processes (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
     report = provenance("bench.null")
     for rows in arguments.rows:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.provenance import provenance, trials
+from bench.provenance import json_file, provenance, trials
 from bench.shapes import SIZES, write_config
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
@@ -235,7 +235,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=300, help="tokens of each (default: 300)")
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prefill prompts of so many tokens")
     parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=json_file, help="write the figures here")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

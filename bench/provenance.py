@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shlex
@@ -25,6 +26,14 @@ def provenance(module: str) -> dict[str, Any]:
         "load_average_before": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
     }
+
+
+def json_file(text: str) -> Path:
+    """Read `--json FILE`, for argparse: a place that cannot be written to is told before minutes are spent."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: name a file in a folder that is there")
+    return path
 
 
 def trials() -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.provenance import provenance
+from bench.provenance import json_file, provenance
 from bench.shapes import write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.norm import add_rms_norm
@@ -379,7 +379,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", default=list(MODELS), help="size, or size/ranks (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROW_CLASSES), choices=ROW_CLASSES)
     parser.add_argument("--seconds", type=float, default=180.0, help="begin no more layers after this (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time here")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write every time here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.small_linear: no CUDA device", file=sys.stderr)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.kernels import DTYPE, Shape, decode_attention_case, integers, time_case
+from bench.provenance import json_file
 from bench.shapes import SIZES
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
 
@@ -116,7 +117,7 @@ def main() -> int:
     numbers("--min-keys", MIN_KEYS, "Splitting.min_keys")
     numbers("--max-whole", MAX_WHOLE, "Splitting.max_whole")
     parser.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.splitting: no CUDA device", file=sys.stderr)

@@ -43,3 +43,10 @@ def test_help_defines_every_figure(root: Path) -> None:
     run = subprocess.run([*BENCH, "--help"], cwd=root, capture_output=True, text=True, check=True, timeout=55)
     for figure in ("mixed256:", "tpot_bN:", "ttft_1k:", "prefill_16x4k:", "tpot_b8_ctx8k:"):
         assert figure in run.stdout
+
+
+def test_a_file_that_cannot_be_written_is_told_first(root: Path, tmp_path: Path) -> None:
+    command = [*BENCH, "--json", str(tmp_path / "nowhere" / "out.json")]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 2
+    assert "nowhere/out.json: name a file in a folder that is there" in run.stderr
