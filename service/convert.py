@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,6 +68,9 @@ _UNSUPPORTED_IN_TOKENIZE: Mapping[str, object] = {
 
 MAX_TEMPLATE_ARGUMENTS = 32
 MAX_TEMPLATE_ARGUMENTS_BYTES = 64 * 2**10
+MAX_ABORTED = 500
+
+_ABORTABLE = re.compile(r"[ -~]{0,128}")
 
 _ROLES = {
     common_pb2.ROLE_SYSTEM: "system",
@@ -446,8 +450,16 @@ def watch_interval_s(message: admin_pb2.WatchLoadRequest) -> float:
 
 
 def abort_request(message: admin_pb2.AbortRequest) -> tuple[list[str], bool]:
-    """Request ids, and whether everything is meant."""
-    return list(message.request_ids), message.all
+    """Request ids, and whether everything is meant.
+
+    Raises InvalidRequestError for ids that no call can have, and for more of them than a message between gateways is
+    sure to hold (`worker.control.MAX_OFFER_BYTES`).
+    """
+    ids = list(message.request_ids)
+    if len(ids) > MAX_ABORTED or any(not _ABORTABLE.fullmatch(request_id) for request_id in ids):
+        told = f"takes at most {MAX_ABORTED} ids, each of up to 128 printable ASCII characters"
+        raise InvalidRequestError([Violation("request_ids", told)])
+    return ids, message.all
 
 
 def abort_response(outcomes: Iterable[tuple[str, bool]]) -> admin_pb2.AbortResponse:

@@ -80,6 +80,9 @@ async def test_an_administrator_ends_a_stream_with_aborted(served: Served) -> No
     failed = await endings["a"]
     assert (failed.code, failed.info.reason) == (grpc.StatusCode.ABORTED, "ADMIN_ABORT")
     assert not endings["b"].done()
+    for too_much in (["a"] * 501, ["a", "b" * 129], ["é"]):
+        failed = await failure(served.admin.Abort(admin_pb2.AbortRequest(request_ids=too_much)))
+        assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["request_ids"])
     got = await served.admin.Abort(admin_pb2.AbortRequest(all=True))
     assert {result.request_id for result in got.results} == {"b", "c"}
     for name in "bc":
