@@ -1,10 +1,10 @@
 """Which tiling of the fused linear kernels is fastest on this GPU: `python -m bench.small_linear --json out.json`.
 
-For every linear layer of the chosen models and 1 to 16 rows, each tiling is timed against what it replaces: cuBLAS and
+For every linear layer of the chosen models and 1 to 64 rows, each tiling is timed against what it replaces: cuBLAS and
 the separate norm and SiLU kernels. As in `bench.kernels`, launches over rotated weights that exceed the L2 cache are
 captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
 dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
-each other. What comes out are the entries of `MEASURED` in model/kernels/tilings.py. For all three models some 500
+each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. For all three models some 500
 kernels are compiled first, in as many processes as there are cores, and some 1,000 launches timed.
 """
 
@@ -116,10 +116,15 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                     for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages), layer.norm)
     if rows >= 4:
+        for tiling in _held_tilings(layer, max(8, rows)):
+            if rows <= 32:
+                yield Variant(tiling, layer.norm)
+            if rows > 32 or (layer.norm and rows >= 8):
+                yield Variant(tiling, norm=False)
+    if rows >= 4:
         for block_n, block_k, warps, stages in (
-            (16, 256, 1, 4),
-            (32, 256, 2, 4),
-            (32, 256, 4, 4),
+            *(((16, 256, 1, 4), (32, 256, 2, 4)) if rows <= 16 else ((64, 128, 4, 3), (64, 64, 4, 4))),
+            (32, 256, 4, 4 if rows <= 32 else 3),
             (64, 128, 4, 4),
             (64, 256, 4, 3),
             (128, 128, 8, 4),
@@ -129,10 +134,35 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                 fills = 100 <= tiles * splits <= 600 or (splits == 1 and tiles > 600)
                 if not fills or (splits > 1 and tiles > 300) or block_k * splits * 2 > layer.k:
                     continue
-                tiling = Tiling("dot", 8 if rows <= 8 else 16, block_n, block_k, warps, splits, stages)
-                yield Variant(tiling, layer.norm)
-                if layer.norm and rows >= 8:
+                tiling = Tiling("dot", max(8, rows), block_n, block_k, warps, splits, stages)
+                if rows <= 16:
+                    yield Variant(tiling, layer.norm)
+                if rows > 16 or (layer.norm and rows >= 8):
                     yield Variant(tiling, norm=False)
+
+
+def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
+    """Return those that hold whole weight rows, and one or two tiles of x, in registers, and fill the GPU."""
+    for warps, part in (
+        (1, 256),
+        (2, 256),
+        (4, 128),
+        (4, 256),
+        (8, 64),
+        (8, 128),
+        (8, 256),
+        (16, 64),
+        (16, 128),
+        (16, 256),
+    ):
+        block_k = warps * part
+        stages = -(-layer.k // block_k)
+        for block_n in (8, 16, 32, 64):
+            registers = (block_n * stages + rows * min(stages, 2)) * part // 64
+            shared = 2 * max(rows, block_n) * block_k
+            fits = stages <= 4 and stages * block_k <= 1.4 * layer.k and registers <= 128 and shared <= 128 << 10
+            if fits and 100 <= layer.n // block_n <= 1600:
+                yield Tiling("held", rows, block_n, block_k, warps, stages=stages)
 
 
 def _fma_stages(k: int, rows: int, block_n: int, block_k: int) -> Iterable[int]:
@@ -186,7 +216,7 @@ def launch_separately(
 
 
 class Inputs:
-    """A layer's weights, in several sets, and activations of up to 16 rows."""
+    """A layer's weights, in several sets, and activations."""
 
     def __init__(self, layer: Layer, sets: int | None = None) -> None:
         self.layer = layer
@@ -274,7 +304,7 @@ def compile_all(wanted: Iterable[Wanted]) -> None:
     for layer, rows, variant in wanted:
         tiling = variant.tiling
         # Whole tiles are read without a mask; those of fma are held all at once where there are no more.
-        tiles = layer.k / (tiling.block_k * (tiling.stages if tiling.form == "fma" else tiling.splits))
+        tiles = layer.k / (tiling.block_k * (tiling.splits if tiling.form == "dot" else tiling.stages))
         key = (variant, layer.norm, layer.gated, layer.n % tiling.block_n == 0, tiles.is_integer(), tiles <= 1)
         kernels.setdefault(key, (layer, rows, variant))
     chunks: dict[tuple[Layer, int], list[tuple[int, Variant]]] = {}
@@ -307,24 +337,37 @@ class Result:
         """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
         tiling, k = self.best.tiling, self.layer.k
         ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
-        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - {tiling.prefetch} if ahead >= 64 else ()
+        known = {0, tiling.prefetch} if tiling.form == "held" else {tiling.prefetch}
+        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - known if ahead >= 64 else ()
         prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
         return [replace(self.best, pdl=False), *prefetched]
+
+    @property
+    def by_default(self) -> float:
+        """What a layer takes that the table does not name."""
+        norms = sorted({self.layer.norm, False}, reverse=True)
+        defaults = [(default_tiling(self.layer.work(self.rows, norm=norm)), norm) for norm in norms]
+        return next((self.times[Variant(tiling, norm)] for tiling, norm in defaults if tiling), self.separate)
 
     def entries(self) -> dict[Work, str]:
         """The lines of the table. Where a norm is better a kernel of its own, two: behind it, the layer is another."""
         best, layer = self.best, self.layer
         us, tiling = self.times[best], best.tiling
-        numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages]
-        chosen = f'Tiling("{tiling.form}", {", ".join(map(str, [*numbers, tiling.prefetch]))})'
+        if self.by_default < 1.03 * min(us, self.separate):
+            return {}
         pays = us < 0.98 * self.separate
         entries = {}
         for norm in sorted({layer.norm, best.norm and pays}, reverse=True):
             work = layer.work(self.rows, norm=norm)
+            wanted = tiling if pays and norm == best.norm else None
+            if wanted == default_tiling(work):
+                continue
             fused = "".join(f", {part}=True" for part in ("norm", "gated") if getattr(work, part))
-            value = chosen if pays and norm == best.norm else "None"
-            comment = f"{layer.model} {layer.name}: {us:.1f} us, separate {self.separate:.1f}"
-            entries[work] = f"Work({work.rows}, {work.n}, {work.k}{fused}): {value},  # {comment}"
+            comment = (
+                f"{layer.model} {layer.name}: {us:.1f} us, not {self.by_default:.1f}; separate {self.separate:.1f}"
+            )
+            key = f"Work({work.rows}, {work.n}, {work.k}{fused})"
+            entries[work] = f"{key}: {source(wanted) if wanted else None},  # {comment}"
         return entries
 
     def report(self) -> dict[str, object]:
@@ -333,6 +376,11 @@ class Result:
             for variant in self.ranked
         }
         return {**asdict(self.layer), "rows": self.rows, "cublas": self.cublas, "separate": self.separate, "us": times}
+
+
+def source(tiling: Tiling) -> str:
+    numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages, tiling.prefetch]
+    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))})'
 
 
 def sweep(inputs: Inputs, rows: int) -> Result:

@@ -4,15 +4,16 @@ A decode step of up to 16 rows is bound by reading the weights, and for small mo
 launch here is a linear layer with the RMSNorm before it (and the residual addition before that), or with the SiLU gate
 after it, each part optional.
 
-There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds them
-whole or walks along them. *dot* (up to 16 rows) multiplies on the tensor cores with the weight as the left operand, so
+There are three kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
+them whole or walks along them. *held* multiplies on the tensor cores, each warp its part of the reduction; a program
+holds its weight rows whole, so they must be short. *dot* does so for long ones, with the weight as the left operand, so
 that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
 adds up the partial sums of all in a fixed order and leaves the counter as it found it.
 
 Rounding is that of the separate operations, with one exception: 1 / rms(x) is applied to the sums instead of to x, so
-that x is read once. What is multiplied is then gain * x, which *dot* rounds once where the norm rounds twice, and *fma*
-not at all. The bits of a row depend on its values, the weights and the tiling alone: not on other rows, nor on which
-program arrives last.
+that x is read once. What is multiplied is then gain * x, which for tensor cores is rounded once where the norm rounds
+twice, and for *fma* not at all. The bits of a row depend on its values, the weights and the tiling alone: not on other
+rows, nor on which program arrives last.
 
 The first weights are requested before the kernel waits for its inputs (`model.kernels.dependent`); `Tiling.prefetch`
 tells how many more. Which layers use these kernels, and how they are cut, is for `model.kernels.linear` to say.
@@ -43,15 +44,16 @@ _MAX_SPLIT_TILES = 4096
 class Tiling:
     """How a launch is cut into programs.
 
-    A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for dot. A tile is `block_n` weight rows
-    (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for
-    each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under way at a
-    time, in registers (fma) or shared memory (dot). `splits` programs share the reduction of one row block (dot only).
-    With dependent launch, `prefetch` columns of each weight row (fma: beyond those in registers), a power of two from
-    64 or none, are requested into the L2 cache ahead of everything else.
+    A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for the others. A tile is `block_n`
+    weight rows (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256
+    columns for each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under
+    way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot). `splits`
+    programs share the reduction of one row block (dot only). With dependent launch, `prefetch` columns of each weight
+    row (fma: beyond those in registers; held: none), a power of two from 64 or none, are requested into the L2 cache
+    ahead of everything else.
     """
 
-    form: Literal["fma", "dot"]
+    form: Literal["fma", "held", "dot"]
     rows: int
     block_n: int
     block_k: int
@@ -142,6 +144,26 @@ def small_linear_triton(
             EVEN_K=k >= tiling.block_k * tiling.stages,
             PREFETCH=tiling.prefetch if pdl else 0,
             LANES=32 * tiling.warps,
+            PDL=pdl,
+            **parts,
+            **launch,
+        )
+        return out, total
+    if tiling.form == "held":
+        assert k <= tiling.block_k * tiling.stages, f"{k} columns are too many for {tiling}"
+        _held_kernel[(tiles,)](
+            *pointers,
+            eps,
+            rows,
+            n,
+            k,
+            ROWS=tiling.rows,
+            BLOCK_N=tiling.block_n,
+            PARTS=tiling.warps,
+            PART=tiling.block_k // tiling.warps,
+            STAGES=tiling.stages,
+            EVEN_N=n % tiling.block_n == 0,
+            EVEN_K=k == tiling.block_k * tiling.stages,
             PDL=pdl,
             **parts,
             **launch,
@@ -301,7 +323,7 @@ def _fma_kernel(
     gains = ()
     for stage in tl.static_range(STAGES):
         here = stage * BLOCK_K + column
-        held = held + (_load_tile(weights + stage * BLOCK_K, owned, here, k, EVEN_N, EVEN_K),)
+        held = held + (_load_tile(weights + stage * BLOCK_K, owned, here[None, :], k, EVEN_N, EVEN_K),)
         gains = gains + (_load_gain(norm_ptr, here, k, NORM),)
     sums = ()
     squares = ()
@@ -329,7 +351,7 @@ def _fma_kernel(
                 sums, squares = _multiply(sums, squares, held[stage], gains[stage], x, ROWS, BLOCK_N, BLOCK_K, NORM)
                 # Into the registers of what was just used, while the other stages are still on their way.
                 ahead = start + (STAGES + stage) * BLOCK_K
-                tile_ahead = _load_tile(weights + ahead, owned, ahead + column, k, EVEN_N, False)
+                tile_ahead = _load_tile(weights + ahead, owned, (ahead + column)[None, :], k, EVEN_N, False)
                 next_held = next_held + (tile_ahead,)
                 next_gains = next_gains + (_load_gain(norm_ptr, ahead + column, k, NORM),)
                 _store_rows(x, total_ptr, tile, rows, here, k, ROWS, ADD)
@@ -430,16 +452,99 @@ def _load_gain(norm_ptr, column, k, NORM: tl.constexpr):
 
 @jit
 def _load_tile(pointers, owned, column, k, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
-    """Load a tile of the weight, [BLOCK_N, BLOCK_K]: zeros outside of it."""
+    """Load a tile of the weight, of the shape of `pointers`, to which `owned` and `column` broadcast: zeros outside."""
     if EVEN_N and EVEN_K:
         tile = tl.load(pointers)
     elif EVEN_K:
         tile = tl.load(pointers, mask=owned, other=0.0)
     elif EVEN_N:
-        tile = tl.load(pointers, mask=(column < k)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=column < k, other=0.0)
     else:
-        tile = tl.load(pointers, mask=owned & (column < k)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=owned & (column < k), other=0.0)
     return tile
+
+
+@jit_once("rows")
+def _held_kernel(
+    x_ptr,  # [rows, k]
+    residual_ptr,  # [rows, k], read only with ADD
+    norm_ptr,  # [k], read only with NORM
+    weight_ptr,  # [n, k]
+    bias_ptr,  # [n], read only with BIAS
+    out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    total_ptr,  # [rows, k], written only with ADD
+    eps,
+    rows,
+    n,
+    k,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """One program: BLOCK_N features of every row. It holds all STAGES tiles of the weight before it looks at x.
+
+    A tile has PARTS parts of PART columns: a product for each warp, all of them added up at the end. (A product of
+    matrices in batches is that: Triton gives each of as many warps as there are batches one of them.)
+    """
+    begin_dependents(PDL)
+    tile = tl.program_id(0)
+    feature = _features(tile, n, BLOCK_N, GATED)
+    row = tl.arange(0, ROWS)
+    column = (tl.arange(0, PARTS) * PART)[:, None] + tl.arange(0, PART)[None, :]
+    weights = weight_ptr + feature.to(tl.int64)[None, :, None] * k + column[:, None, :]
+    offsets = row[None, :, None] * k + column[:, None, :]
+    owned = (feature < n)[None, :, None]
+    is_row = (row < rows)[None, :, None]
+    held = ()
+    gains = ()
+    for stage in tl.static_range(STAGES):
+        here = stage * PARTS * PART + column
+        held = held + (_load_tile(weights + stage * PARTS * PART, owned, here[:, None, :], k, EVEN_N, EVEN_K),)
+        gains = gains + (_load_gain(norm_ptr, here, k, NORM),)
+    wait(PDL)
+
+    xs = (_load_total(x_ptr, residual_ptr, offsets, is_row & (column < k)[:, None, :], ADD),)
+    products = tl.zeros([PARTS, ROWS, BLOCK_N], tl.float32)
+    squares = tl.zeros([PARTS, ROWS], tl.float32)
+    for stage in tl.static_range(STAGES):
+        here = stage * PARTS * PART + column
+        if stage + 1 < STAGES:  # on its way while this one is multiplied
+            ahead = offsets + (stage + 1) * PARTS * PART
+            inside = (here + PARTS * PART < k)[:, None, :]
+            xs = xs + (_load_total(x_ptr, residual_ptr, ahead, is_row & inside, ADD),)
+        x = xs[stage]
+        if ADD:
+            # Every program has the sum; each row of it is written by one of them.
+            written = is_row & (row % tl.num_programs(0) == tile)[None, :, None] & (here < k)[:, None, :]
+            tl.store(total_ptr + offsets + stage * PARTS * PART, x, mask=written)
+        if NORM:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=2)
+            x = (wide * gains[stage][:, None, :]).to(x.dtype)
+        products = tl.dot(x, tl.permute(held[stage], (0, 2, 1)), products, input_precision="ieee")
+    total = tl.trans(tl.sum(products, axis=0))
+    if NORM:
+        total *= tl.rsqrt(tl.sum(squares, axis=0) / k + eps)[None, :]
+    _finish(total, tile, feature, row, bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)
+
+
+@jit
+def _load_total(x_ptr, residual_ptr, offsets, mask, ADD: tl.constexpr):
+    """Load a tile of x, or of x + residual rounded to their dtype: zeros where the mask is not."""
+    total = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        total = (total.to(tl.float32) + residual.to(tl.float32)).to(total.dtype)
+    return total
 
 
 @jit_once("rows")
@@ -492,13 +597,11 @@ def _dot_kernel(
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
-        weight = _load_tile(weights + start, owned, start + column, k, EVEN_N, EVEN_K)
+        weight = _load_tile(weights + start, owned, (start + column)[None, :], k, EVEN_N, EVEN_K)
         inside = start + column < k
         mask = (row < rows)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + offsets + start, mask=mask, other=0.0)
+        x = _load_total(x_ptr, residual_ptr, offsets + start, mask, ADD)
         if ADD:
-            other = tl.load(residual_ptr + offsets + start, mask=mask, other=0.0)
-            x = (x.to(tl.float32) + other.to(tl.float32)).to(x.dtype)
             # Every program has the sum; each part of it is written by one of them.
             written = tl.where(tile == (start // BLOCK_K) % tl.num_programs(0), rows, 0)
             tl.store(total_ptr + offsets + start, x, mask=(row < written)[:, None] & inside[None, :])
