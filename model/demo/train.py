@@ -298,7 +298,8 @@ def finish(trainer: Trainer) -> None:
     )
     write_model_card(settings.out, settings.shape, "", how)
     scores = trainer.check(settings.final_questions, settings.dtype)
-    write_model_card(settings.out, settings.shape, table(scores), how)
+    asked = f"{settings.final_questions} questions of each skill, answered by the trainer in {settings.dtype}."
+    write_model_card(settings.out, settings.shape, f"{table(scores)}\n\n{asked}", how)
     results = [asdict(row) for row in scores]
     (settings.out / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if settings.dtype != torch.float32:
