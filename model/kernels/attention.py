@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from model.kernels.decode_attention import TilePlan, decode_attention
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import is_hopper, jit, jit_once, on_trial, tl, triton, use_triton
 
@@ -69,7 +68,6 @@ class AttentionPlan:
     partial_out: torch.Tensor  # [splits, heads, head_dim] float32
     partial_lse: torch.Tensor  # [splits, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
-    stream: TilePlan | None = None  # on trial: rows of one query are computed by it, instead of by `splits`
 
 
 def paged_attention(
@@ -230,32 +228,29 @@ def paged_attention_triton(
         "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_SIZE": block_size,
     }
-    if plan.stream is not None:
-        decode_attention(q, key_cache, value_cache, scale, plan.stream, out)
-    else:
-        group_block = triton.next_power_of_2(heads // kv_heads)
-        dependent = dependent_launch(q)
-        _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
-            q,
-            key_cache,
-            value_cache,
-            block_tables,
-            plan.splits.records,
-            plan.partial_out,
-            plan.partial_lse,
-            plan.arrivals,
-            out,
-            scale / math.log(2),
-            block_tables.stride(0),
-            GROUP_BLOCK=group_block,
-            DOT_BLOCK=max(16, group_block),
-            MERGED=_MERGED,
-            TILE=_DECODE_TILE,
-            PDL=bool(dependent),
-            **shape,
-            **_decode_launch(q.dtype),
-            **dependent,
-        )
+    group_block = triton.next_power_of_2(heads // kv_heads)
+    dependent = dependent_launch(q)
+    _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
+        q,
+        key_cache,
+        value_cache,
+        block_tables,
+        plan.splits.records,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.arrivals,
+        out,
+        scale / math.log(2),
+        block_tables.stride(0),
+        GROUP_BLOCK=group_block,
+        DOT_BLOCK=max(16, group_block),
+        MERGED=_MERGED,
+        TILE=_DECODE_TILE,
+        PDL=bool(dependent),
+        **shape,
+        **_decode_launch(q.dtype),
+        **dependent,
+    )
     if plan.tiles.rows.shape[0]:
         launch = _prefill_tiles(q.dtype)
         key_tiles, value_tiles = key_cache, value_cache

@@ -26,7 +26,7 @@ except ModuleNotFoundError:
 
 __all__ = ["is_hopper", "jit", "jit_once", "on_trial", "tl", "trials_in_effect", "triton", "use_triton"]
 
-TRIALS = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tile_stream", "tensor_descriptors")
+TRIALS = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors")
 """What is built and tested, but not yet chosen by a measurement on a GPU; docs/performance.md tells of each."""
 
 

@@ -298,12 +298,8 @@ def test_prefill_by_descriptors(triton_device: torch.device, monkeypatch: pytest
         check(attend(batch), batch)
 
 
-@pytest.mark.parametrize("trials", ["", "tile_stream", "tile_stream,tensor_descriptors"])
 @pytest.mark.parametrize("decodes", [0, 2, 4])
-def test_backend_mixes_decode_and_prefill(
-    triton_device: torch.device, decodes: int, trials: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
+def test_backend_mixes_decode_and_prefill(triton_device: torch.device, decodes: int) -> None:
     rows = [(1, 40), (1, 0), (1, 7), (1, 65), *([(20, 33), (3, 3)] if decodes < 4 else [])]
     batch = make_batch(rows, device=triton_device)
     backend = TritonAttention(

@@ -38,7 +38,6 @@ DEPENDENT = {
     "_fma_kernel",
     "_dot_kernel",
     "_decode_kernel",
-    "_decode_tiles_kernel",
 }
 
 
@@ -59,7 +58,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bfloat16", "", {"_decode_kernel"}),
         ("float32", "", {"_decode_kernel"}),
         ("bfloat16", "pdl,small_linear", {"_decode_kernel", "_fma_kernel", "_dot_kernel"}),
-        ("bfloat16", "pdl,tile_stream,tensor_descriptors", {"_plan_tiles_kernel", "_decode_tiles_kernel"}),
+        ("bfloat16", "pdl,tensor_descriptors", {"_decode_kernel"}),
     ],
 )
 def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, trials: str, others: set[str]) -> None:
