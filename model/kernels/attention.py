@@ -31,11 +31,11 @@ _MERGED = 8  # splits whose results a merge loads at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How far rows of one query are split."""
+    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100."""
 
-    programs: int = 528  # into so many programs, all rows together: four for each of a Hopper's 132 multiprocessors
-    min_keys: int = 128  # of a split: a shorter one costs more to merge than it saves
-    max_whole: int = 0  # rows of up to so many keys are not split at all
+    programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
+    min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
+    max_whole: int = 256  # rows of up to so many keys are not split at all
 
 
 SPLITTING = Splitting()

@@ -141,9 +141,9 @@ def check(out: torch.Tensor, batch: Batch) -> None:
     assert (out[dead] == 0).all()
 
 
-DECODE_ROWS = [(1, kv_len) for kv_len in (1, 0, 17, 64, 65, 130)]
+DECODE_ROWS = [(1, kv_len) for kv_len in (1, 0, 17, 64, 65, 300)]
 PREFILL_ROWS = [(1, 1), (3, 3), (0, 0), (2, 0), (5, 70), (1, 33), (70, 70)]
-MIXED_ROWS = [(1, 40), (5, 70), (1, 0), (1, 200), (0, 0), (33, 33), (1, 64)]
+MIXED_ROWS = [(1, 40), (5, 70), (1, 0), (1, 300), (0, 0), (33, 33), (1, 64)]
 if ON_GPU:
     MIXED_ROWS += [(1, 8000), (700, 900), (1, 1)]
     DECODE_ROWS += [(1, kv_len) for kv_len in (513, 4097, 0, 2048, 7)]
@@ -189,7 +189,7 @@ def test_attention(
 @pytest.mark.parametrize("programs", [1, 8, 1000])
 def test_decode_does_not_depend_on_how_keys_are_split(triton_device: torch.device, programs: int) -> None:
     batch = make_batch(DECODE_ROWS, device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64))
+    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64, max_whole=0))
     assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (programs > 1)
     first = attend(batch, plan)
     check(first, batch)
@@ -208,7 +208,7 @@ def test_merging_takes_any_number_of_splits(
     batch = make_batch(
         rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, device=triton_device
     )
-    plan = plan_of(batch, splitting=Splitting(programs=40, min_keys=64))
+    plan = plan_of(batch, splitting=Splitting(programs=40, min_keys=64, max_whole=0))
     assert plan.splits.firsts.tolist() == [0, num_splits, num_splits + 1]
     check(attend(batch, plan), batch)
 
@@ -222,7 +222,8 @@ def test_short_rows_can_stay_whole(triton_device: torch.device) -> None:
 
 def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
     rows = [(1, 130), (1, 0), (17, 20), (0, 0), (1, 300), (33, 33), (2, 0), (1, 64), (0, 0)]
-    plan = plan_of(make_batch(rows, device=triton_device), splitting=Splitting(programs=6, min_keys=64))
+    batch = make_batch(rows, device=triton_device)
+    plan = plan_of(batch, splitting=Splitting(programs=6, min_keys=64, max_whole=0))
     # 494 keys in 3 parts a KV head, in whole tiles: 192 keys a split.
     assert plan.splits.firsts.tolist() == [0, 1, 2, 2, 2, 4, 4, 4, 5, 5]
     assert plan.splits.records[:5, :6].tolist() == [
