@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
-from model.kernels.runtime import is_hopper, jit, jit_once, on_trial, tl, triton, use_triton
+from model.kernels.runtime import is_hopper, jit, jit_once, tl, triton, use_triton, wanted
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
 _MERGED = 8  # splits whose results a merge loads at a time
@@ -289,7 +289,7 @@ def _takes_descriptors(q: torch.Tensor, tile: int, shape: dict[str, int]) -> boo
     A tile must then lie in one block, and a head fill what the kernel takes for one.
     """
     fits = shape["BLOCK_SIZE"] % tile == 0 and shape["HEAD_DIM"] == shape["HEAD_BLOCK"] and q.dtype.itemsize == 2
-    return fits and on_trial("tensor_descriptors") and (is_hopper(q.device) or not q.is_cuda)
+    return fits and wanted("tensor_descriptors") and (is_hopper(q.device) or not q.is_cuda)
 
 
 def _tiles_of(cache: torch.Tensor, tile: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from model.attention.triton_backend import TritonAttention
 from model.errors import ModelError
 from model.inputs import StepInputs
+from model.kernels import attention
 from model.kernels.attention import (
     SPLITTING,
     AttentionPlan,
@@ -292,15 +294,17 @@ def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> Non
         assert relative_error(attend(chunk), out[begin:end]) < TOLERANCE[torch.float32]
 
 
-def test_prefill_by_descriptors(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("without", ["", "tensor_descriptors"])
+def test_prefill_by_descriptors(triton_device: torch.device, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that every query sees come by descriptors: of short rows none, of long ones most."""
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "tensor_descriptors")
-    for shape, dtype in (CASES[1], CASES[-1]):
-        heads, kv_heads, head_dim, block_size = shape
-        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
-        rows = [*MIXED_ROWS, (20, 300), (40, 130)]
-        batch = make_batch(rows, dtype=dtype, device=triton_device, **sizes)
-        check(attend(batch), batch)
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", without)
+    described = Mock(wraps=attention._tiles_of)
+    monkeypatch.setattr(attention, "_tiles_of", described)
+    rows = [*MIXED_ROWS, (20, 300), (40, 130), (130, 270)]
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    batch = make_batch(rows, heads=4, kv_heads=2, head_dim=64, block_size=128, dtype=dtype, device=triton_device)
+    check(attend(batch), batch)
+    assert described.called == (not without and (not ON_GPU or is_hopper(triton_device)))
 
 
 @pytest.mark.parametrize("decodes", [0, 2, 4])
@@ -375,7 +379,8 @@ def test_dependent_launches_give_the_same_bits(triton_device: torch.device, monk
             q = attend(replace(batch, q=q), plan)
         return q
 
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl")
     expected = chain()
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl")
+    monkeypatch.delenv("LIGHTQWEN_WITHOUT")
     for _ in range(20):
         assert torch.equal(chain(), expected)
