@@ -1,9 +1,9 @@
 """How long an all-reduce takes on the GPUs of one machine: `python -m bench.all_reduce --json out.json`.
 
-NCCL against what is on trial (`model/one_shot.py`): the one-shot kernel with its summand in place, the same with a copy
-before, and PyTorch's two-shot kernel. Each is captured in a CUDA graph, many calls in a row, and timed by events around
-replays: the median per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each
-width, up to how many rows the one-shot kernel is faster than NCCL. (What NCCL and two-shot sum in place grows until it
+NCCL against the one-shot kernel (`model/one_shot.py`) with its summand in place, the same with a copy before, and
+PyTorch's two-shot kernel. Each is captured in a CUDA graph, many calls in a row, and timed by events around replays:
+the median per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width,
+up to how many rows the one-shot kernel is faster than NCCL. (What NCCL and two-shot sum in place grows until it
 overflows, which takes them no longer.)
 """
 

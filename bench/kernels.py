@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +25,8 @@ from bench.provenance import json_file
 from bench.shapes import SIZES, write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.attention import SPLITTING, Splitting, paged_attention_triton, plan_attention
-from model.kernels.decode_attention import plan_tiles
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope_kv import qk_norm_rope_store
-from model.kernels.runtime import on_trial
 from model.sampler import SamplingTables, sample
 
 READ_TBPS, BF16_TFLOPS = 4.41, 799.0
@@ -163,9 +161,6 @@ def make_attention(
         max_chunk_rows=0 if queries == 1 else rows,
         splitting=splitting,
     )
-    if on_trial("tile_stream"):
-        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
-        plan = replace(plan, stream=plan_tiles(starts, kv_lens, tables, **sizes))
     return lambda: paged_attention_triton(q, key_cache, value_cache, tables, starts, kv_lens, head_dim**-0.5, plan)
 
 

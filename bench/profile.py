@@ -3,8 +3,8 @@
 One process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
 step: the wall time, what the host spends on planning, launching and retiring, and, from a second pass under PyTorch's
 profiler, how long the device is busy with each group of kernels and how long it idles. `--prefill` takes whole prompts
-of so many tokens instead, one step each. Dependent launches (`pdl` on trial) begin while others run and count from then
-on: groups then add up to more than the device is busy.
+of so many tokens instead, one step each. Dependent launches begin while others run and count from then on: groups then
+add up to more than the device is busy (LIGHTQWEN_WITHOUT=pdl keeps launches apart).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.provenance import json_file, provenance, trials
+from bench.provenance import json_file, provenance, without
 from bench.shapes import SIZES, write_config
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
@@ -36,7 +36,7 @@ from worker.runtime import RuntimeConfig, resolve
 from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
 
 GROUPS = (
-    ("attention", r"_decode_|_prefill_kernel|_plan_|flash"),
+    ("attention", r"_decode_kernel|_prefill_kernel|_plan_kernel|flash"),
     ("rope + kv write", r"_qk_norm_rope"),
     ("norm", r"_rms_norm"),
     ("activation", r"_silu"),
@@ -246,7 +246,7 @@ def main() -> int:
         engine = Engine(EngineConfig.model_validate(options))
         profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
         profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
-    print(f"{arguments.size} on {torch.cuda.get_device_name()}, on trial: {trials() or 'nothing'}")
+    print(f"{arguments.size} on {torch.cuda.get_device_name()}, without: {without() or 'nothing'}")
     for one in profiles:
         print("\n".join(one.lines()))
     if arguments.json is not None:

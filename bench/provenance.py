@@ -14,12 +14,12 @@ from typing import Any
 
 
 def provenance(module: str) -> dict[str, Any]:
-    """The command (`module` as given to `python -m`), what is on trial, commit, date, hardware, and its load before."""
+    """The command (`module` as given to `python -m`), what it lacks, commit, date, hardware, and its load before."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "trials": trials(),
+        "without": without(),
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{_processor()}, {os.cpu_count()} cores",
@@ -36,9 +36,9 @@ def json_file(text: str) -> Path:
     return path
 
 
-def trials() -> str:
-    """What is on trial in this process and those that it starts, as LIGHTQWEN_TRIALS names it."""
-    return os.environ.get("LIGHTQWEN_TRIALS", "")
+def without() -> str:
+    """What this process and those that it starts go without, as LIGHTQWEN_WITHOUT names it."""
+    return os.environ.get("LIGHTQWEN_WITHOUT", "")
 
 
 def _processor() -> str:

@@ -175,16 +175,16 @@ def _fma_stages(k: int, rows: int, block_n: int, block_k: int) -> Iterable[int]:
 
 @contextmanager
 def dependent_launches(*, on: bool) -> Iterator[None]:
-    """Launch the model's other kernels as dependent ones, or not, whatever is on trial."""
-    before = os.environ.get("LIGHTQWEN_TRIALS")
-    os.environ["LIGHTQWEN_TRIALS"] = "pdl" if on else ""
+    """Launch the model's other kernels as dependent ones, or not, whatever the environment says."""
+    before = os.environ.get("LIGHTQWEN_WITHOUT")
+    os.environ["LIGHTQWEN_WITHOUT"] = "" if on else "pdl"
     try:
         yield
     finally:
         if before is None:
-            del os.environ["LIGHTQWEN_TRIALS"]
+            del os.environ["LIGHTQWEN_WITHOUT"]
         else:
-            os.environ["LIGHTQWEN_TRIALS"] = before
+            os.environ["LIGHTQWEN_WITHOUT"] = before
 
 
 def draw(*shape: int, std: float = 1.0) -> torch.Tensor:

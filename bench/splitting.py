@@ -3,7 +3,8 @@
 Every combination of `Splitting`'s three numbers is timed for every batch and context, as `bench.kernels` does it:
 launches over rotated inputs in a CUDA graph, the median of its replays. Combinations that give a workload the same
 launch are timed once. The last table tells, for each combination, how far it is behind the best one, workload by
-workload and in the geometric mean. With LIGHTQWEN_TRIALS=pdl the launches overlap. One to two minutes for the defaults.
+workload and in the geometric mean. With LIGHTQWEN_WITHOUT=pdl no launch begins before the last one has ended. One to
+two minutes for the defaults.
 """
 
 from __future__ import annotations

@@ -20,10 +20,14 @@ import os
 import torch
 import torch.distributed as dist
 
-MAX_PEER_BYTES = 1 << 20
+from model.errors import ModelError
+
+MAX_PEER_BYTES = 4 << 20
 """What a rank reads from all others in one kernel at most. Larger tensors are left to NCCL.
 
-Not measured yet: `python -m bench.all_reduce` tells from what size on NCCL is faster.
+Measured with two ranks only, on H100s: up to there, and at the one larger size tried (5 MiB), this is faster than NCCL.
+With more ranks a rank reads more for the same tensor, so that they take smaller ones; whether those are the right ones
+`python -m bench.all_reduce --ranks 4` would tell.
 """
 
 _P2P_ATTRIBUTES = (2, 3)  # CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED and _NATIVE_ATOMIC_SUPPORTED of CUDA's driver
@@ -37,14 +41,24 @@ class OneShotAllReduce:
 
     Args:
         numel: elements of the largest tensor that it takes.
+
+    Raises:
+        ModelError: the memory cannot be shared; it names the way to do without.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
-        self._memory = symmetric_memory.empty(numel, dtype=dtype, device=device)
-        symmetric_memory.rendezvous(self._memory, group)
+        try:
+            self._memory = symmetric_memory.empty(numel, dtype=dtype, device=device)
+            symmetric_memory.rendezvous(self._memory, group)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ModelError(
+                f"{device} cannot share memory with other GPUs for small all-reduces: {reason}; "
+                "set LIGHTQWEN_WITHOUT=symmetric_memory to leave them to NCCL"
+            ) from error
         self._group_name = group.group_name
 
     def room(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
@@ -73,8 +87,6 @@ def largest_numel(size: int, dtype: torch.dtype) -> int:
 
 def obstacle(size: int, *, dtype: torch.dtype, device: torch.device) -> str:
     """Why this rank cannot take part, "" if it can. Ranks 0 .. `size` - 1 are on the CUDA devices of these numbers."""
-    if device.type != "cuda":
-        return f"they are for GPUs, not for {device.type}"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"PyTorch's kernel does not sum {dtype}"
     import torch.distributed._symmetric_memory as symmetric_memory

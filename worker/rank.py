@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from model.config import Qwen3Config
 from model.errors import ModelError
-from model.kernels.runtime import trials_in_effect
+from model.kernels.runtime import unwanted
 from model.parallel import TensorParallel
 from worker import rendezvous
 from worker.channel import GatewayChannel, PlanReceiver, PlanSender
@@ -65,8 +65,8 @@ def _prepare(spec: RankSpec, control: ChildEnd) -> Callable[[], None]:
     checkpoint = Qwen3Config.from_folder(config.model)
     checkpoint.check_parallel(config.tensor_parallel_size)
     runtime = resolve(config, checkpoint, spec.rank)
-    if trials := trials_in_effect():
-        logger.warning("rank=%d on trial: %s", spec.rank, ", ".join(trials))
+    if without := unwanted():
+        logger.warning("rank=%d goes without: %s", spec.rank, ", ".join(sorted(without)))
     _set_up_device(runtime, config.local_size)
     tp, plans = _join(spec, runtime)
 

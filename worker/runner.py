@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from model.config import Qwen3Config
 from model.inputs import StepInputs
-from model.kernels.runtime import on_trial
+from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
 from model.one_shot import OneShotAllReduce, largest_numel, obstacle
 from model.parallel import TensorParallel
@@ -38,6 +38,13 @@ Progress = Callable[[str, int, int], None]
 
 _RESERVE_BYTES = 512 << 20
 """GPU memory left to what is not counted: CUDA graphs, communication buffers, cuBLAS workspaces."""
+
+_MIN_SHARED_ROWS = 32
+"""From so many rows on, ranks share out the sampling.
+
+Reckoned from figures of an H100, not measured: a second collective takes NCCL some 12 us. What it saves two ranks is
+half of what sampling takes (8 us for 8 rows, 28 for 64) and half of gathering the logits (some 50 us for 64 rows).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class Runner:
     """One rank's model, tables and KV cache.
 
     kv_cache: [layers, 2, num_blocks, block_size, kv_heads, head_dim] in the model's dtype.
-    share_sampling: each rank samples its share of the rows, where there is one row for each at least.
+    share_sampling: of many rows, each rank samples its share.
     """
 
     def __init__(
@@ -172,7 +179,7 @@ class Runner:
     def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Sample from the hidden states of the rows' last tokens: [rows] int32, the same on every rank."""
         tables = self._tables.sampling
-        if self._share_sampling and len(slots) >= self._tp.size:
+        if self._share_sampling and len(slots) >= _MIN_SHARED_ROWS:
             return sample_share(self._model.compute_logits_share(hidden), slots, lengths, tables, self._tp)
         return sample(self._model.compute_logits(hidden), slots, lengths, tables)
 
@@ -277,7 +284,7 @@ def build_runner(
         remedy = on_gpu if runtime.on_gpu else "raise cpu_kv_gib"
         raise ConfigError(f"no memory for one KV block of {block_bytes} bytes beside weights and activations; {remedy}")
     kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
-    share_sampling = bool(_agree(int(on_trial("sharded_sampling")), tp, runtime.device))
+    share_sampling = bool(_agree(int(_wants_shared_sampling(tp, runtime)), tp, runtime.device))
     runner = Runner(model, tables, kv_cache, runtime, tp, share_sampling=share_sampling)
     if runtime.on_gpu:
         progress("compiling kernels", 0, 0)
@@ -287,18 +294,23 @@ def build_runner(
 
 
 def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
-    """On trial: let small all-reduces go through memory that the GPUs share, if all ranks can."""
-    if tp.group is None or not on_trial("symmetric_memory"):
+    """Let small all-reduces go through memory that the GPUs share, if all ranks can."""
+    if tp.group is None or not runtime.on_gpu or not wanted("symmetric_memory"):
         return tp
     if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
-        logger.warning("rank=%d no one-shot all-reduces: several nodes take part", tp.rank)
+        logger.info("rank=%d no one-shot all-reduces: several nodes take part", tp.rank)
         return tp
     reason = obstacle(tp.size, dtype=runtime.dtype, device=runtime.device)
     if not _agree(int(not reason), tp, runtime.device):
-        logger.warning("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
+        logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
         return tp
     numel = largest_numel(tp.size, runtime.dtype)
     return replace(tp, one_shot=OneShotAllReduce(tp.group, numel=numel, dtype=runtime.dtype, device=runtime.device))
+
+
+def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:
+    """Tell whether this rank would share out the sampling of many rows. On a CPU, whether it pays is not known."""
+    return tp.group is not None and runtime.on_gpu and wanted("sharded_sampling")
 
 
 def _allocate(
@@ -315,7 +327,7 @@ def _allocate(
 
 
 def _agree(number: int, tp: TensorParallel, device: torch.device) -> int:
-    """The smallest of all ranks' numbers: a block must exist on every rank, a trial be on for every rank."""
+    """The smallest of all ranks' numbers: a block must exist on every rank, and no rank do what another does not."""
     if tp.group is None:
         return number
     smallest = torch.tensor([number], dtype=torch.int64, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,8 +9,6 @@ import torch
 from model.errors import ModelError
 from model.inputs import StepInputs
 from model.kernels.attention import AttentionPlan, paged_attention_triton, plan_attention
-from model.kernels.decode_attention import plan_tiles
-from model.kernels.runtime import on_trial
 
 
 class TritonAttention:
@@ -37,12 +34,11 @@ class TritonAttention:
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._scale = scale
-        self._block_size = block_size
         self._dtype = dtype
 
     def plan(self, inputs: StepInputs) -> AttentionPlan:
         """List the step's units of work on the device."""
-        plan = plan_attention(
+        return plan_attention(
             inputs.query_starts,
             inputs.kv_lens,
             num_tokens=inputs.num_tokens,
@@ -52,18 +48,6 @@ class TritonAttention:
             dtype=self._dtype,
             max_chunk_rows=inputs.max_chunk_rows,
         )
-        if not on_trial("tile_stream"):
-            return plan
-        stream = plan_tiles(
-            inputs.query_starts,
-            inputs.kv_lens,
-            inputs.block_tables,
-            num_heads=self._num_heads,
-            num_kv_heads=self._num_kv_heads,
-            head_dim=self._head_dim,
-            block_size=self._block_size,
-        )
-        return replace(plan, stream=stream)
 
     def forward(
         self, q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs

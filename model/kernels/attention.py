@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from model.kernels.decode_attention import TilePlan, decode_attention
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
-from model.kernels.runtime import is_hopper, jit, jit_once, on_trial, tl, triton, use_triton
+from model.kernels.runtime import is_hopper, jit, jit_once, tl, triton, use_triton, wanted
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
 _MERGED = 8  # splits whose results a merge loads at a time
@@ -32,11 +31,11 @@ _MERGED = 8  # splits whose results a merge loads at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How far rows of one query are split."""
+    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100."""
 
-    programs: int = 528  # into so many programs, all rows together: four for each of a Hopper's 132 multiprocessors
-    min_keys: int = 128  # of a split: a shorter one costs more to merge than it saves
-    max_whole: int = 0  # rows of up to so many keys are not split at all
+    programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
+    min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
+    max_whole: int = 256  # rows of up to so many keys are not split at all
 
 
 SPLITTING = Splitting()
@@ -69,7 +68,6 @@ class AttentionPlan:
     partial_out: torch.Tensor  # [splits, heads, head_dim] float32
     partial_lse: torch.Tensor  # [splits, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
-    stream: TilePlan | None = None  # on trial: rows of one query are computed by it, instead of by `splits`
 
 
 def paged_attention(
@@ -230,36 +228,33 @@ def paged_attention_triton(
         "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_SIZE": block_size,
     }
-    if plan.stream is not None:
-        decode_attention(q, key_cache, value_cache, scale, plan.stream, out)
-    else:
-        group_block = triton.next_power_of_2(heads // kv_heads)
-        dependent = dependent_launch(q)
-        _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
-            q,
-            key_cache,
-            value_cache,
-            block_tables,
-            plan.splits.records,
-            plan.partial_out,
-            plan.partial_lse,
-            plan.arrivals,
-            out,
-            scale / math.log(2),
-            block_tables.stride(0),
-            GROUP_BLOCK=group_block,
-            DOT_BLOCK=max(16, group_block),
-            MERGED=_MERGED,
-            TILE=_DECODE_TILE,
-            PDL=bool(dependent),
-            **shape,
-            **_decode_launch(q.dtype),
-            **dependent,
-        )
+    group_block = triton.next_power_of_2(heads // kv_heads)
+    dependent = dependent_launch(q)
+    _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
+        q,
+        key_cache,
+        value_cache,
+        block_tables,
+        plan.splits.records,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.arrivals,
+        out,
+        scale / math.log(2),
+        block_tables.stride(0),
+        GROUP_BLOCK=group_block,
+        DOT_BLOCK=max(16, group_block),
+        MERGED=_MERGED,
+        TILE=_DECODE_TILE,
+        PDL=bool(dependent),
+        **shape,
+        **_decode_launch(q.dtype),
+        **dependent,
+    )
     if plan.tiles.rows.shape[0]:
         launch = _prefill_tiles(q.dtype)
         key_tiles, value_tiles = key_cache, value_cache
-        descriptors = _takes_descriptors(q, launch["TILE"], block_size)
+        descriptors = _takes_descriptors(q, launch["TILE"], shape)
         if descriptors:
             key_tiles, value_tiles = (_tiles_of(cache, launch["TILE"]) for cache in (key_cache, value_cache))
         _prefill_kernel[(heads, plan.tiles.rows.shape[0])](
@@ -288,11 +283,13 @@ def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
     return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
 
 
-def _takes_descriptors(q: torch.Tensor, tile: int, block_size: int) -> bool:
-    """Tell whether the tensor memory accelerator of a Hopper fetches tiles of keys: they are then whole in a block."""
-    head_dim = q.shape[2]
-    fits = block_size % tile == 0 and head_dim == triton.next_power_of_2(head_dim)
-    return fits and on_trial("tensor_descriptors") and (is_hopper(q.device) or not q.is_cuda)
+def _takes_descriptors(q: torch.Tensor, tile: int, shape: dict[str, int]) -> bool:
+    """Tell whether a Hopper's tensor memory accelerator fetches the tiles of keys, or Triton's interpreter acts it.
+
+    A tile must then lie in one block, and a head fill what the kernel takes for one.
+    """
+    fits = shape["BLOCK_SIZE"] % tile == 0 and shape["HEAD_DIM"] == shape["HEAD_BLOCK"] and q.dtype.itemsize == 2
+    return fits and wanted("tensor_descriptors") and (is_hopper(q.device) or not q.is_cuda)
 
 
 def _tiles_of(cache: torch.Tensor, tile: int) -> Any:
@@ -305,9 +302,13 @@ def _tiles_of(cache: torch.Tensor, tile: int) -> Any:
 
 
 def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
-    """Return the tiles for bf16 on Hopper's matrix units, or for float32, which has none and must fit in registers."""
+    """Return the tiles for 16 bits on the matrix units, or for float32, which has none and must fit in registers.
+
+    Measured for 16 bits on an H100 (docs/performance.md): what is faster at 4 prompts of 4,096 tokens, by 5 % at most,
+    is slower by 11 % or more at one of 1,024.
+    """
     if dtype.itemsize == 2:
-        return {"QUERIES": 128, "TILE": 64, "num_warps": 8, "num_stages": 3}
+        return {"QUERIES": 64, "TILE": 64, "num_warps": 4, "num_stages": 2}
     return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 

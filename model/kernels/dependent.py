@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import torch
 
-from model.kernels.runtime import is_hopper, jit, on_trial, tl
+from model.kernels.runtime import is_hopper, jit, tl, wanted
 
 
 def dependent_launch(x: torch.Tensor) -> dict[str, bool]:
     """Return the launch options of a kernel on the device of `x`: it gets the constant PDL where there are any."""
-    return {"launch_pdl": True} if on_trial("pdl") and is_hopper(x.device) else {}
+    return {"launch_pdl": True} if wanted("pdl") and is_hopper(x.device) else {}
 
 
 @jit

@@ -13,7 +13,7 @@ from model.kernels import packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.dependent import dependent_launch
 from model.kernels.norm import add_rms_norm, rms_norm
-from model.kernels.runtime import on_trial, use_triton
+from model.kernels.runtime import use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_triton
 from model.kernels.tilings import tiling_for
 
@@ -83,5 +83,5 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor, *, norm: bool, gated: bool) -
 
 
 def _wants_small_linear(x: torch.Tensor) -> bool:
-    """Tell whether fused launches are on trial here; tilings are for elements of two bytes with bfloat16's range."""
-    return on_trial("small_linear") and x.dtype is torch.bfloat16 and use_triton(x)
+    """Tell whether fused launches are for `x`; tilings are for elements of two bytes with bfloat16's range."""
+    return wanted("small_linear") and x.dtype is torch.bfloat16 and use_triton(x)

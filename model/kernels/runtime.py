@@ -24,37 +24,38 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-__all__ = ["is_hopper", "jit", "jit_once", "on_trial", "tl", "trials_in_effect", "triton", "use_triton"]
+__all__ = ["is_hopper", "jit", "jit_once", "tl", "triton", "unwanted", "use_triton", "wanted"]
 
-TRIALS = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tile_stream", "tensor_descriptors")
-"""What is built and tested, but not yet chosen by a measurement on a GPU; docs/performance.md tells of each."""
-
-
-def trials_in_effect() -> list[str]:
-    """Return those of `TRIALS` that LIGHTQWEN_TRIALS names.
-
-    Raises ModelError where it names something else.
-    """
-    return sorted(_trials(os.environ.get("LIGHTQWEN_TRIALS", "")))
+DISPENSABLE = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors")
+"""What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
 
 
-def on_trial(name: str) -> bool:
-    """Tell whether one of `TRIALS` is to be used: the variable LIGHTQWEN_TRIALS names them, with commas between.
+def wanted(name: str) -> bool:
+    """Tell whether one of `DISPENSABLE` is to be used where it can work: LIGHTQWEN_WITHOUT does not name it.
 
     A variable reaches every process of a server or a benchmark, so that one command compares with and without.
 
     Raises ModelError where the variable names something else.
     """
-    assert name in TRIALS, name
-    return name in _trials(os.environ.get("LIGHTQWEN_TRIALS", ""))
+    assert name in DISPENSABLE, name
+    return name not in unwanted()
+
+
+def unwanted() -> frozenset[str]:
+    """Return those of `DISPENSABLE` that the variable LIGHTQWEN_WITHOUT names, with commas between.
+
+    Raises ModelError where it names something else.
+    """
+    return _names(os.environ.get("LIGHTQWEN_WITHOUT", ""))
 
 
 @cache
-def _trials(value: str) -> frozenset[str]:
+def _names(value: str) -> frozenset[str]:
     names = frozenset(filter(None, value.split(",")))
-    if unknown := names - set(TRIALS):
+    if unknown := names - set(DISPENSABLE):
         raise ModelError(
-            f"LIGHTQWEN_TRIALS: no such trial: {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}"
+            f"LIGHTQWEN_WITHOUT: there is no {', '.join(sorted(unknown))} to go without; "
+            f"there are {', '.join(DISPENSABLE)}"
         )
     return names
 

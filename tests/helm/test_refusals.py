@@ -102,8 +102,9 @@ def test_what_the_refusals_start_from_works() -> None:
         assert len(render(SCENARIOS["one-gpu"], values=values)) > 5
     shared = {"replicaCount": 2, "model.huggingFace.storage.accessModes": ["ReadWriteMany"]}
     assert render(SCENARIOS["one-gpu"], values=CLAIM | shared).one("PersistentVolumeClaim")
-    fine = [{"name": "TOKENIZERS_PARALLELISM", "value": "false"}]
-    assert fine[0] in render(SCENARIOS["one-gpu"], values={"extraEnv": fine}).server["env"]
+    fine = [{"name": "TOKENIZERS_PARALLELISM", "value": "false"}, {"name": "LIGHTQWEN_WITHOUT", "value": "pdl"}]
+    environment = render(SCENARIOS["one-gpu"], values={"extraEnv": fine}).server["env"]
+    assert all(variable in environment for variable in fine)
     secret = [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]
     assert secret[0] in render(SCENARIOS["one-gpu"], values={"extraEnv": secret}).server["env"]
 

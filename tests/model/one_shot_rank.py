@@ -13,7 +13,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from model.one_shot import OneShotAllReduce, largest_numel, obstacle
 
 SIZE = 2
-SHAPES = ((1, 4096), (3, 1024), (64, 4096), (1, 8), (17, 5120), (128, 4096), (2, 2560), (1, 1024))
+SHAPES = ((1, 4096), (3, 1024), (64, 4096), (1, 8), (17, 5120), (512, 4096), (2, 2560), (1, 1024))
 """From one block of threads to as many as the kernel has; elements of the largest: what the memory has room for."""
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -79,18 +79,18 @@ def test_with_more_rows_the_norm_is_a_launch_of_its_own(launches: list[set[str]]
     torch.testing.assert_close(logits, decode(load(folder), rows, launches), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_fused_unless_it_is_on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     def tiling(dtype: torch.dtype, rows: int = 1) -> object:
         x, weight = torch.empty(rows, 64, dtype=dtype), torch.empty(128, 64, dtype=dtype)
         return linear._tiling(x, weight, norm=True, gated=False)
 
     monkeypatch.setattr(linear, "use_triton", lambda x: True)
-    monkeypatch.delenv("LIGHTQWEN_TRIALS", raising=False)
-    assert tiling(torch.bfloat16) is None
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl,small_linear")
+    monkeypatch.delenv("LIGHTQWEN_WITHOUT", raising=False)
     assert tiling(torch.bfloat16) is not None
     assert tiling(torch.bfloat16, rows=17) is None
     assert tiling(torch.float32) is None
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "everything")
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl,small_linear")
+    assert tiling(torch.bfloat16) is None
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "everything")
     with pytest.raises(ModelError, match="everything"):
         tiling(torch.bfloat16)

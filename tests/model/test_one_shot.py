@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from model import one_shot
+from model.errors import ModelError
 from tests.model import one_shot_rank
 from tests.processes import until
 
@@ -48,14 +50,13 @@ def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
 def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 1)
 
-    def obstacle(dtype: torch.dtype = torch.bfloat16, device: torch.device = gpu) -> str:
-        return one_shot.obstacle(3, dtype=dtype, device=device)
+    def obstacle(dtype: torch.dtype = torch.bfloat16) -> str:
+        return one_shot.obstacle(3, dtype=dtype, device=gpu)
 
     backend: str | None = None
     monkeypatch.setattr(torch.distributed._symmetric_memory, "get_backend", lambda device: backend)
     monkeypatch.setattr(one_shot, "_reaches", lambda device, peer: peer != unreachable)
     unreachable = 2
-    assert "not for cpu" in obstacle(device=torch.device("cpu"))
     assert "torch.float16" in obstacle(dtype=torch.float16)
     assert "not built" in obstacle()
     backend = "NVSHMEM"
@@ -64,6 +65,17 @@ def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert obstacle() == "GPU 1 does not reach the memory of GPU 2 as over NVLink"
     unreachable = 3  # no such peer
     assert obstacle() == ""
+
+
+def test_a_failure_names_the_way_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("pidfd_getfd: Operation not permitted\nfrom here and there")
+
+    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "")  # which is changed, and so put back
+    monkeypatch.setattr(torch.distributed._symmetric_memory, "empty", fail)
+    with pytest.raises(ModelError, match="not permitted; set LIGHTQWEN_WITHOUT=symmetric_memory") as raised:
+        one_shot.OneShotAllReduce(Mock(), numel=8, dtype=torch.bfloat16, device=torch.device("cuda", 1))
+    assert "\n" not in str(raised.value)
 
 
 def test_more_ranks_take_smaller_tensors() -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from model.weights import load_model
 from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, prompt_chunk, requests
+from worker import runner as runner_module
 
 SIZE = 2
 
@@ -46,9 +48,9 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | N
         )
 
 
-def main(rank: int, rendezvous: str, folder: str, results: str, trials: str) -> None:
-    """Join over NCCL; write logits in bf16 and greedy tokens in fp32, by captured decode steps, which try `trials`."""
-    os.environ["LIGHTQWEN_TRIALS"] = trials
+def main(rank: int, rendezvous: str, folder: str, results: str, without: str) -> None:
+    """Join over NCCL; write logits in bf16 and greedy tokens in fp32, by captured decode steps, without `without`."""
+    os.environ["LIGHTQWEN_WITHOUT"] = without
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group(
@@ -58,9 +60,11 @@ def main(rank: int, rendezvous: str, folder: str, results: str, trials: str) -> 
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
     logits = {"whole": logits_of(Path(folder), tp, ids), "few tokens a step": logits_of(Path(folder), tp, ids[:60], 3)}
     save_file({name: of.cpu() for name, of in logits.items()}, Path(results) / f"logits-{rank}.safetensors")
-    runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
-    assert (runner._tp.one_shot is not None) == ("symmetric_memory" in trials), "see the log for why"
-    tokens = generate(runner, shape, requests(8, temperature=0.0))
+    with patch.object(runner_module, "_MIN_SHARED_ROWS", 4):  # fewer than the 8 requests
+        runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
+        assert (runner._tp.one_shot is None) == ("symmetric_memory" in without), "see the log for why"
+        assert runner._share_sampling == ("sharded_sampling" not in without)
+        tokens = generate(runner, shape, requests(8, temperature=0.0))
     (Path(results) / f"tokens-{rank}.json").write_text(json.dumps(tokens))
     dist.barrier()
     torch.cuda.synchronize()

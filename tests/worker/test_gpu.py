@@ -40,16 +40,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ONE_GPU = ["", "small_linear", "small_linear,pdl", "tile_stream,tensor_descriptors", "small_linear,pdl,tile_stream"]
+ONE_GPU = ["", "small_linear", "pdl", "tensor_descriptors", "small_linear,pdl,tensor_descriptors"]
 
 
-@pytest.fixture(params=ONE_GPU, ids=lambda trials: trials or "no_trials")
-def _trials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on trial, here and in processes that are started."""
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", request.param)
+@pytest.fixture(params=ONE_GPU, ids=lambda without: f"without {without or 'nothing'}")
+def _without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gone without, here and in processes that are started."""
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", request.param)
 
 
-@pytest.mark.usefixtures("_trials")
+@pytest.mark.usefixtures("_without")
 @pytest.mark.parametrize("step", [700, 13, 7, 3, 2, 1])
 def test_logits_in_bf16_are_as_close_as_transformers_own(checkpoint: Path, step: int) -> None:
     """In steps of many tokens and of few, for which there are other kernels."""
@@ -67,7 +67,7 @@ def test_logits_in_bf16_are_as_close_as_transformers_own(checkpoint: Path, step:
     assert error <= 1.2 * max(own_errors), f"{error:.2e} against transformers' {own_errors}"
 
 
-@pytest.mark.usefixtures("_trials")
+@pytest.mark.usefixtures("_without")
 def test_greedy_tokens_in_fp32_equal_transformers(checkpoint: Path) -> None:
     runner, shape = make_runner(checkpoint, dtype="float32")
     submits = requests(8, temperature=0.0)
@@ -86,7 +86,7 @@ def test_greedy_tokens_in_fp32_equal_transformers(checkpoint: Path) -> None:
         assert outputs[submit.request] == expected[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.usefixtures("_trials")
+@pytest.mark.usefixtures("_without")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_graphs_give_what_eager_steps_give_bit_for_bit(checkpoint: Path, temperature: float) -> None:
     batches = [
@@ -101,7 +101,7 @@ def test_graphs_give_what_eager_steps_give_bit_for_bit(checkpoint: Path, tempera
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.usefixtures("_trials")
+@pytest.mark.usefixtures("_without")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_step_never_waits_for_the_device(checkpoint: Path, cuda_graphs: bool) -> None:
@@ -131,19 +131,21 @@ def test_run_ahead_changes_no_token(checkpoint: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < gpu_rank.SIZE, reason="needs two GPUs")
 @pytest.mark.parametrize(
-    "trials",
+    "without",
     [
         "",
         "symmetric_memory",
         "sharded_sampling",
         "symmetric_memory,sharded_sampling",
         "small_linear,pdl",
-        "symmetric_memory,sharded_sampling,small_linear,pdl,tile_stream",
+        "symmetric_memory,sharded_sampling,small_linear,pdl,tensor_descriptors",
     ],
 )
-def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, trials: str) -> None:
+def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, without: str) -> None:
     torch.multiprocessing.spawn(
-        gpu_rank.main, args=(str(tmp_path / "rendezvous"), str(checkpoint), str(tmp_path), trials), nprocs=gpu_rank.SIZE
+        gpu_rank.main,
+        args=(str(tmp_path / "rendezvous"), str(checkpoint), str(tmp_path), without),
+        nprocs=gpu_rank.SIZE,
     )
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
     alone = gpu_rank.logits_of(checkpoint, TensorParallel.single(), ids).double().cpu()

@@ -81,9 +81,17 @@ def test_a_gpu_where_there_is_none(config: EngineConfig) -> None:
     assert "device=cpu" in reason
 
 
-def test_a_trial_that_there_is_not(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl,speed")
-    assert reason_of(config).startswith("LIGHTQWEN_TRIALS: no such trial: speed; there are pdl,")
+def test_going_without_what_there_is_not(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl,speed")
+    assert reason_of(config).startswith("LIGHTQWEN_WITHOUT: there is no speed to go without; there are pdl,")
+
+
+def test_what_a_rank_goes_without_is_told(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "small_linear,pdl")
+    reason_of(changed(config, num_blocks=3, max_model_len=64))
+    assert caplog.messages[0] == "rank=0 goes without: pdl, small_linear"
 
 
 def test_a_context_that_the_kv_cache_does_not_hold(config: EngineConfig) -> None:

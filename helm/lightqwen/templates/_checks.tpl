@@ -166,7 +166,7 @@
 {{- define "lightqwen.environmentProblems" -}}
 {{- $problems := list -}}
 {{- range .Values.extraEnv -}}
-{{- if hasPrefix "LIGHTQWEN_" .name -}}
+{{- if and (hasPrefix "LIGHTQWEN_" .name) (ne .name "LIGHTQWEN_WITHOUT") -}}
 {{- $problems = append $problems (printf "extraEnv has %s: options of the server belong to config" .name) -}}
 {{- end -}}
 {{- if and (hasKey . "value") (regexMatch "(^|_)(TOKEN|PASSWORD|SECRET|API_?KEY)$" .name) -}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from model.attention.triton_backend import TritonAttention
 from model.errors import ModelError
 from model.inputs import StepInputs
+from model.kernels import attention
 from model.kernels.attention import (
     SPLITTING,
     AttentionPlan,
@@ -141,9 +143,9 @@ def check(out: torch.Tensor, batch: Batch) -> None:
     assert (out[dead] == 0).all()
 
 
-DECODE_ROWS = [(1, kv_len) for kv_len in (1, 0, 17, 64, 65, 130)]
+DECODE_ROWS = [(1, kv_len) for kv_len in (1, 0, 17, 64, 65, 300)]
 PREFILL_ROWS = [(1, 1), (3, 3), (0, 0), (2, 0), (5, 70), (1, 33), (70, 70)]
-MIXED_ROWS = [(1, 40), (5, 70), (1, 0), (1, 200), (0, 0), (33, 33), (1, 64)]
+MIXED_ROWS = [(1, 40), (5, 70), (1, 0), (1, 300), (0, 0), (33, 33), (1, 64)]
 if ON_GPU:
     MIXED_ROWS += [(1, 8000), (700, 900), (1, 1)]
     DECODE_ROWS += [(1, kv_len) for kv_len in (513, 4097, 0, 2048, 7)]
@@ -158,9 +160,13 @@ SHAPES = [
     (6, 2, 48, 256),
     *([(32, 8, 128, 16), (16, 8, 128, 256), (40, 8, 128, 128), (64, 8, 128, 64)] if ON_GPU else []),
 ]
-# Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there.
+# Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there. Heads that fill no block of the
+# kernel's, and tiles that lie in several blocks, are not for descriptors.
 CASES = [(shape, torch.float32) for shape in SHAPES]
-CASES += [(shape, torch.bfloat16) for shape in SHAPES] if ON_GPU else [(SHAPES[2], torch.float16)]
+CASES += [
+    (shape, torch.bfloat16 if ON_GPU else torch.float16)
+    for shape in (SHAPES if ON_GPU else [SHAPES[1], SHAPES[2], (2, 2, 8, 64)])
+]
 
 
 @pytest.mark.parametrize("implementation", [attend, attend_by_reference])
@@ -189,7 +195,7 @@ def test_attention(
 @pytest.mark.parametrize("programs", [1, 8, 1000])
 def test_decode_does_not_depend_on_how_keys_are_split(triton_device: torch.device, programs: int) -> None:
     batch = make_batch(DECODE_ROWS, device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64))
+    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64, max_whole=0))
     assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (programs > 1)
     first = attend(batch, plan)
     check(first, batch)
@@ -208,7 +214,7 @@ def test_merging_takes_any_number_of_splits(
     batch = make_batch(
         rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, device=triton_device
     )
-    plan = plan_of(batch, splitting=Splitting(programs=40, min_keys=64))
+    plan = plan_of(batch, splitting=Splitting(programs=40, min_keys=64, max_whole=0))
     assert plan.splits.firsts.tolist() == [0, num_splits, num_splits + 1]
     check(attend(batch, plan), batch)
 
@@ -222,7 +228,8 @@ def test_short_rows_can_stay_whole(triton_device: torch.device) -> None:
 
 def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
     rows = [(1, 130), (1, 0), (17, 20), (0, 0), (1, 300), (33, 33), (2, 0), (1, 64), (0, 0)]
-    plan = plan_of(make_batch(rows, device=triton_device), splitting=Splitting(programs=6, min_keys=64))
+    batch = make_batch(rows, device=triton_device)
+    plan = plan_of(batch, splitting=Splitting(programs=6, min_keys=64, max_whole=0))
     # 494 keys in 3 parts a KV head, in whole tiles: 192 keys a split.
     assert plan.splits.firsts.tolist() == [0, 1, 2, 2, 2, 4, 4, 4, 5, 5]
     assert plan.splits.records[:5, :6].tolist() == [
@@ -287,23 +294,21 @@ def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> Non
         assert relative_error(attend(chunk), out[begin:end]) < TOLERANCE[torch.float32]
 
 
-def test_prefill_by_descriptors(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("without", ["", "tensor_descriptors"])
+def test_prefill_by_descriptors(triton_device: torch.device, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that every query sees come by descriptors: of short rows none, of long ones most."""
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "tensor_descriptors")
-    for shape, dtype in (CASES[1], CASES[-1]):
-        heads, kv_heads, head_dim, block_size = shape
-        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
-        rows = [*MIXED_ROWS, (20, 300), (40, 130)]
-        batch = make_batch(rows, dtype=dtype, device=triton_device, **sizes)
-        check(attend(batch), batch)
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", without)
+    described = Mock(wraps=attention._tiles_of)
+    monkeypatch.setattr(attention, "_tiles_of", described)
+    rows = [*MIXED_ROWS, (20, 300), (40, 130), (130, 270)]
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    batch = make_batch(rows, heads=4, kv_heads=2, head_dim=64, block_size=128, dtype=dtype, device=triton_device)
+    check(attend(batch), batch)
+    assert described.called == (not without and (not ON_GPU or is_hopper(triton_device)))
 
 
-@pytest.mark.parametrize("trials", ["", "tile_stream", "tile_stream,tensor_descriptors"])
 @pytest.mark.parametrize("decodes", [0, 2, 4])
-def test_backend_mixes_decode_and_prefill(
-    triton_device: torch.device, decodes: int, trials: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
+def test_backend_mixes_decode_and_prefill(triton_device: torch.device, decodes: int) -> None:
     rows = [(1, 40), (1, 0), (1, 7), (1, 65), *([(20, 33), (3, 3)] if decodes < 4 else [])]
     batch = make_batch(rows, device=triton_device)
     backend = TritonAttention(
@@ -374,7 +379,8 @@ def test_dependent_launches_give_the_same_bits(triton_device: torch.device, monk
             q = attend(replace(batch, q=q), plan)
         return q
 
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl")
     expected = chain()
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", "pdl")
+    monkeypatch.delenv("LIGHTQWEN_WITHOUT")
     for _ in range(20):
         assert torch.equal(chain(), expected)

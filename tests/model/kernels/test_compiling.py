@@ -19,6 +19,7 @@ SHARED_BYTES = 227 << 10  # that a program of a Hopper can have
 STACK_BYTES = 64  # for a register or two that one or the other version of the compiler cannot place
 ALWAYS = {
     "_choose_kernel",
+    "_decode_kernel",
     "_enter_blocks_kernel",
     "_plan_kernel",
     "_prefill_kernel",
@@ -29,16 +30,14 @@ ALWAYS = {
     "_score_kernel",
     "_silu_and_mul_kernel",
 }
-DEPENDENT = {
+SMALL_LINEAR = {"_fma_kernel", "_dot_kernel"}
+DEPENDENT = SMALL_LINEAR | {
     "_qk_norm_rope_store_kernel",
     "_rms_norm_kernel",
     "_silu_and_mul_kernel",
     "_score_kernel",
     "_choose_kernel",
-    "_fma_kernel",
-    "_dot_kernel",
     "_decode_kernel",
-    "_decode_tiles_kernel",
 }
 
 
@@ -54,16 +53,16 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "trials", "others"),
+    ("dtype", "without", "others"),
     [
-        ("bfloat16", "", {"_decode_kernel"}),
-        ("float32", "", {"_decode_kernel"}),
-        ("bfloat16", "pdl,small_linear", {"_decode_kernel", "_fma_kernel", "_dot_kernel"}),
-        ("bfloat16", "pdl,tile_stream,tensor_descriptors", {"_plan_tiles_kernel", "_decode_tiles_kernel"}),
+        ("bfloat16", "", SMALL_LINEAR),
+        ("float32", "", set()),
+        ("bfloat16", "pdl", SMALL_LINEAR),
+        ("bfloat16", "pdl,small_linear,tensor_descriptors", set()),
     ],
 )
-def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, trials: str, others: set[str]) -> None:
-    environment = {**os.environ, "LIGHTQWEN_TRIALS": trials, "TRITON_CACHE_DIR": str(tmp_path)}
+def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, others: set[str]) -> None:
+    environment = {**os.environ, "LIGHTQWEN_WITHOUT": without, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.model.kernels.compile_only", str(shape), dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
@@ -73,4 +72,4 @@ def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, trials: str, oth
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_BYTES, kernel
         assert kernel["stack"] <= STACK_BYTES or dtype == "float32", f"registers are spilled: {kernel}"
-        assert kernel["dependent"] == ("pdl" in trials and kernel["name"] in DEPENDENT), kernel
+        assert kernel["dependent"] == ("pdl" not in without and kernel["name"] in DEPENDENT), kernel

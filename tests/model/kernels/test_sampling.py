@@ -157,10 +157,10 @@ def test_a_token_depends_on_neither_row_nor_batch(triton_device: torch.device) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("trials", ["", "pdl"])
-def test_in_a_cuda_graph(triton_device: torch.device, trials: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("without", ["", "pdl"])
+def test_in_a_cuda_graph(triton_device: torch.device, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that change between replays are followed."""
-    monkeypatch.setenv("LIGHTQWEN_TRIALS", trials)
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", without)
     tables = mixed_tables(triton_device)
     slots = torch.arange(ROWS, device=triton_device) % SLOTS
     lengths = torch.ones(ROWS, dtype=torch.int32, device=triton_device)
