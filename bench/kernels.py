@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.provenance import json_file
+from bench.provenance import json_file, provenance
 from bench.shapes import SIZES, write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.attention import SPLITTING, Splitting, paged_attention_triton, plan_attention
@@ -293,10 +292,9 @@ def main() -> int:
                 f"{result.tflops:9.1f}{result.ceiling:9.0%}"
             )
     if arguments.json:
-        report = {
-            "device": torch.cuda.get_device_name(),
+        report = provenance("bench.kernels") | {
+            "hardware": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "python": platform.python_version(),
             "block_size": arguments.block_size,
             "ceilings": {"read_tbps": READ_TBPS, "bf16_tflops": BF16_TFLOPS},
             "results": [asdict(result) for result in results],

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def provenance(module: str) -> dict[str, Any]:
-    """The command (`module` as given to `python -m`), what it lacks, commit, date, hardware, and its load before."""
+    """The command (`module` as given to `python -m`), what it goes without, commit, date, hardware and load."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bench.kernels import DTYPE, Shape, decode_attention_case, integers, time_case
-from bench.provenance import json_file
+from bench.provenance import json_file, provenance
 from bench.shapes import SIZES
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
 
@@ -141,8 +141,8 @@ def main() -> int:
         )
     print(*summary(results, workloads), sep="\n")
     if arguments.json:
-        report = {
-            "device": torch.cuda.get_device_name(),
+        report = provenance("bench.splitting") | {
+            "hardware": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "size": arguments.size,
             "block_size": arguments.block_size,
