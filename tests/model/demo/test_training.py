@@ -188,7 +188,9 @@ def test_loss_falls_and_the_result_loads(settings: Settings) -> None:
     model, loading = AutoModelForCausalLM.from_pretrained(settings.out, output_loading_info=True)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert not any(loading.values())
-    assert "| arithmetic" in (settings.out / "README.md").read_text(encoding="utf-8")
+    card = (settings.out / "README.md").read_text(encoding="utf-8")
+    assert "| arithmetic" in card
+    assert "questions of each skill, answered by the trainer in torch.float32." in card
 
 
 @pytest.mark.gpu
