@@ -119,7 +119,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
         for tiling in _held_tilings(layer, max(8, rows)):
             if rows <= 32:
                 yield Variant(tiling, layer.norm)
-            if rows > 32 or (layer.norm and rows >= 8):
+            if rows > 32 or layer.norm:
                 yield Variant(tiling, norm=False)
     if rows >= 4:
         for block_n, block_k, warps, stages in (

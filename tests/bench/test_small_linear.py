@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.kernels.small_linear import Tiling
-from model.kernels.tilings import Work
+from model.kernels.tilings import Work, default_tiling
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -17,6 +17,10 @@ from bench.small_linear import ROW_CLASSES, Layer, Result, Variant, layers_of, v
 LAYER = Layer("0.6B", "gate_up", 6144, 1024, norm=True, gated=True)
 INSIDE, BEHIND = (Variant(Tiling("dot", 8, 32, 256, 4, 2, 4, 512), norm) for norm in (True, False))
 FUSED, AFTER_NORM = Work(8, 6144, 1024, norm=True, gated=True), Work(8, 6144, 1024, gated=True)
+
+BY_DEFAULT = default_tiling(AFTER_NORM)
+assert BY_DEFAULT is not None
+DEFAULT = Variant(BY_DEFAULT, norm=False)  # with the norm inside there is none
 
 
 def value(node: ast.expr) -> object:
@@ -29,18 +33,20 @@ def value(node: ast.expr) -> object:
 
 
 @pytest.mark.parametrize(
-    ("us_inside", "us_behind", "expected"),
+    ("us_inside", "us_behind", "us_by_default", "expected"),
     [
-        (5.0, 6.0, {FUSED: INSIDE.tiling}),
-        (6.0, 5.0, {FUSED: None, AFTER_NORM: BEHIND.tiling}),
-        (11.0, 12.0, {FUSED: None, AFTER_NORM: None}),
-        (12.0, 11.0, {FUSED: None, AFTER_NORM: None}),
+        (5.0, 6.0, 7.0, {FUSED: INSIDE.tiling}),
+        (6.0, 5.0, 7.0, {AFTER_NORM: BEHIND.tiling}),
+        (6.0, 5.0, 5.1, {}),
+        (11.0, 12.0, 13.0, {AFTER_NORM: None}),
+        (11.0, 12.0, 10.1, {}),
     ],
 )
-def test_entries_are_what_the_table_takes(
-    us_inside: float, us_behind: float, expected: dict[Work, Tiling | None]
+def test_entries_are_what_the_table_lacks(
+    us_inside: float, us_behind: float, us_by_default: float, expected: dict[Work, Tiling | None]
 ) -> None:
-    result = Result(LAYER, 8, cublas=8.0, separate=10.0, times={INSIDE: us_inside, BEHIND: us_behind})
+    times = {INSIDE: us_inside, BEHIND: us_behind, DEFAULT: us_by_default}
+    result = Result(LAYER, 8, cublas=8.0, separate=10.0, times=times)
     [statement] = ast.parse("{" + "\n".join(result.entries().values()) + "\n}").body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Dict)

@@ -33,7 +33,7 @@ from worker.plan import StepBounds
 from worker.tables import SlotTables
 
 CPU = torch.device("cpu")
-MAX_LEN, BLOCK, SLOTS = 1024, 64, 16
+MAX_LEN, BLOCK, SLOTS = 1024, 64, 64
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -93,8 +93,8 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype) -> None:
     cache = torch.zeros(
         (config.num_hidden_layers, 2, 2, BLOCK, config.num_key_value_heads, config.head_dim), dtype=dtype
     )
-    for rows, chunks in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (5, 3), (8, 8)):
-        tokens = 64 if chunks else rows
+    for rows, chunks in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (5, 3), (8, 8)):
+        tokens = 128 if chunks else rows
         bounds = StepBounds(
             num_tokens=tokens,
             num_decode_rows=0 if chunks else rows,

@@ -30,7 +30,7 @@ ALWAYS = {
     "_score_kernel",
     "_silu_and_mul_kernel",
 }
-SMALL_LINEAR = {"_fma_kernel", "_dot_kernel"}
+SMALL_LINEAR = {"_fma_kernel", "_held_kernel", "_dot_kernel"}
 DEPENDENT = SMALL_LINEAR | {
     "_qk_norm_rope_store_kernel",
     "_rms_norm_kernel",

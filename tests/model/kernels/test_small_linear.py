@@ -26,7 +26,6 @@ TILINGS = [
     HELD,
     replace(HELD, rows=8, block_n=16, block_k=512, warps=8, stages=1),
     replace(HELD, rows=32, block_k=128, warps=2, stages=4),
-    *([replace(HELD, block_n=16, block_k=1024, warps=8, stages=4), replace(HELD, rows=64, warps=8)] if ON_GPU else []),
     DOT,
     replace(DOT, rows=8, block_n=64, block_k=128, prefetch=64),
     replace(DOT, splits=3),
@@ -38,6 +37,8 @@ SHAPES = [(24, 512), (18, 328), (6, 72), *([(4096, 4096), (1024, 3072)] if ON_GP
 TENSOR_CORES = torch.bfloat16 if ON_GPU else torch.float16
 HALF = {"fma": torch.bfloat16, "held": TENSOR_CORES, "dot": TENSOR_CORES}
 CASES = [(tiling, dtype) for tiling in TILINGS for dtype in (torch.float32, HALF[tiling.form])]
+# In float32, twice as much would have to be held.
+CASES += [(replace(HELD, block_k=2048, warps=8), torch.bfloat16), (replace(HELD, rows=64), torch.bfloat16)] * ON_GPU
 MATCH = MATCH | {torch.float16: 2e-3}
 CLOSE = {torch.float32: 4e-6, torch.float16: 8e-3, torch.bfloat16: 2**-7 if ON_GPU else 8e-2}
 """Sums of another order: the largest element of a few may be rounded to its neighbour, and the gate's product again."""
@@ -114,8 +115,8 @@ def test_small_linear(triton_device: torch.device, dtype: torch.dtype, tiling: T
             assert all(torch.equal(arguments[name], value) for name, value in before.items()), "inputs are not written"
 
 
-@pytest.mark.parametrize("rows", range(1, 17))
-def test_any_number_of_rows(triton_device: torch.device, rows: int) -> None:
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_any_number_of_rows_by_default(triton_device: torch.device, rows: int) -> None:
     layer, dtype = Layer(norm=True, residual=True, gated=True), torch.float32
     arguments = inputs(layer, rows, 36, 136, dtype, triton_device)
     tiling = tiling_for(rows, 36, 136, norm=False, gated=True)
