@@ -1,10 +1,10 @@
 """How long an all-reduce takes on the GPUs of one machine: `python -m bench.all_reduce --json out.json`.
 
-NCCL against the one-shot kernel (`model/one_shot.py`) with its summand in place, the same with a copy before, and
-PyTorch's two-shot kernel. Each is captured in a CUDA graph, many calls in a row, and timed by events around replays:
-the median per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width,
-up to how many rows the one-shot kernel is faster than NCCL. (What NCCL and two-shot sum in place grows until it
-overflows, which takes them no longer.)
+NCCL against the one-shot kernel (`model/one_shot.py`), each alone and with the residual addition and the norm that a
+layer has behind it (for NCCL, in a kernel of their own); and PyTorch's one-shot and two-shot kernels. Each is captured
+in a CUDA graph, many calls in a row, and timed by events around replays: the median per call, on the slowest rank.
+Results are checked once, outside of the timing. Last comes, for each width, up to how many rows the one-shot kernel is
+faster than NCCL. (What NCCL and two-shot sum in place grows until it overflows, which takes them no longer.)
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 from bench.provenance import json_file, provenance
-from model.one_shot import MAX_PEER_BYTES, OneShotAllReduce, obstacle
+from model.kernels.norm import add_rms_norm
+from model.one_shot import MAX_PEER_BYTES, OneShotAllReduce, Place, obstacle
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 WIDTHS = (1024, 4096, 5120)  # hidden sizes of 0.6B, 8B, 14B and 32B
 DTYPE = torch.bfloat16
 CALLS, REPLAYS = 50, 20
-KINDS = ("nccl", "one_shot", "copy_one_shot", "two_shot")
+KINDS = ("nccl", "one_shot", "nccl, norm", "one_shot, norm", "torch one_shot", "torch two_shot")
+EPS = 1e-6
 
 Call = Callable[[], torch.Tensor]
 
@@ -45,30 +49,54 @@ class Result:
         return self.rows * self.width * DTYPE.itemsize
 
 
-def calls_for(x: torch.Tensor, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> dict[str, Call]:
-    """What sums `x`, by KINDS. Whoever calls one first has put `x` where `one_shot` wants it."""
-    in_place = one_shot.room(x.shape, x.dtype)
-    assert in_place is not None
-    nccl, total = x.clone(), torch.empty_like(x)
+class Calls:
+    """What sums [rows, width], by KINDS; with a norm, the sum is the second result."""
 
-    def sum_by_nccl() -> torch.Tensor:
-        dist.all_reduce(nccl, group=group)
-        return nccl
+    def __init__(self, x: torch.Tensor, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> None:
+        self._one_shot, self._group = one_shot, group
+        self._places = cycle((Place.ATTENTION, Place.MLP))
+        for place in (Place.ATTENTION, Place.MLP):
+            self._in(place, x).copy_(x)
+        self._symmetric = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+        symmetric_memory.rendezvous(self._symmetric, group)
+        self._nccl, self._total = x.clone(), torch.empty_like(x)
+        self._residual, self._weight = torch.zeros_like(x), torch.ones_like(x[0])
+        self.by_kind: dict[str, Call] = {
+            "nccl": self._by_nccl,
+            "one_shot": self._in_one_shot,
+            "nccl, norm": self._by_nccl_with_norm,
+            "one_shot, norm": self._in_one_shot_with_norm,
+            "torch one_shot": lambda: torch.ops.symm_mem.one_shot_all_reduce(self._symmetric, "sum", group.group_name),
+            "torch two_shot": lambda: torch.ops.symm_mem.two_shot_all_reduce_out(
+                self._symmetric, "sum", group.group_name, self._total
+            ),
+        }
 
-    def sum_in_one_shot(summand: torch.Tensor) -> torch.Tensor:
-        out = one_shot(summand)
+    def _in(self, place: Place, x: torch.Tensor) -> torch.Tensor:
+        room = self._one_shot.room(x.shape, x.dtype, place)
+        assert room is not None
+        return room
+
+    def _by_nccl(self) -> torch.Tensor:
+        dist.all_reduce(self._nccl, group=self._group)
+        return self._nccl
+
+    def _by_nccl_with_norm(self) -> torch.Tensor:
+        dist.all_reduce(self._nccl, group=self._group)
+        return add_rms_norm(self._nccl, self._residual, self._weight, EPS)[1]
+
+    def _in_one_shot(self) -> torch.Tensor:
+        place = next(self._places)
+        out = self._one_shot.sum(self._in(place, self._total), place)
         assert out is not None
         return out
 
-    def sum_in_two_shots() -> torch.Tensor:
-        return torch.ops.symm_mem.two_shot_all_reduce_out(in_place, "sum", group.group_name, total)
-
-    return {
-        "nccl": sum_by_nccl,
-        "one_shot": lambda: sum_in_one_shot(in_place),
-        "copy_one_shot": lambda: sum_in_one_shot(x),
-        "two_shot": sum_in_two_shots,
-    }
+    def _in_one_shot_with_norm(self) -> torch.Tensor:
+        place = next(self._places)
+        summand = self._in(place, self._total)
+        out = self._one_shot.sum_add_rms_norm(summand, place, self._residual, self._weight, EPS)
+        assert out is not None
+        return out[1]
 
 
 def time_call(call: Call) -> float:
@@ -98,11 +126,12 @@ def measure(rows: int, width: int, one_shot: OneShotAllReduce, group: dist.Proce
     exact = x.float()
     dist.all_reduce(exact, group=group)
     us = {}
-    for kind, call in calls_for(x, one_shot, group).items():
-        in_place = one_shot.room(x.shape, x.dtype)
-        assert in_place is not None
+    for kind in KINDS:
+        torch.cuda.synchronize()
         dist.barrier()  # nobody reads the memory any more
-        in_place.copy_(x)
+        call = Calls(x, one_shot, group).by_kind[kind]
+        torch.cuda.synchronize()
+        dist.barrier()  # and all have written it
         error = (call().float() - exact).norm() / exact.norm()
         if not error <= 1e-2:
             raise RuntimeError(f"{kind} of {rows} x {width} is wrong by {error:.1e}")
@@ -117,7 +146,7 @@ def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths:
     torch.manual_seed(rank)
     store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
-    if reason := obstacle(size, dtype=DTYPE, device=device):
+    if reason := obstacle(size, device=device):
         raise RuntimeError(reason)
     group = dist.group.WORLD
     assert group is not None
@@ -125,13 +154,13 @@ def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths:
     results = []
     if rank == 0:
         print(f"{torch.cuda.get_device_name()} x {size}, torch {torch.__version__}, {DTYPE}; us per call")
-        print(f"{'rows':>5} {'width':>6} {'KiB':>6} " + " ".join(f"{kind:>13}" for kind in KINDS), flush=True)
+        print(f"{'rows':>5} {'width':>6} {'KiB':>6} " + " ".join(f"{kind:>14}" for kind in KINDS), flush=True)
     for width in widths:
         for count in rows:
             result = measure(count, width, one_shot, group)
             results.append(result)
             if rank == 0:
-                times = " ".join(f"{result.us[kind]:13.1f}" for kind in KINDS)
+                times = " ".join(f"{result.us[kind]:14.1f}" for kind in KINDS)
                 print(f"{count:5} {width:6} {result.num_bytes / 1024:6.0f} {times}", flush=True)
     if rank == 0:
         for width in widths:
@@ -145,9 +174,9 @@ def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths:
 
 
 def crossover(results: Sequence[Result], size: int) -> str:
-    """Say up to which number of rows the one-shot kernel wins. `results` are of one width, by rows."""
+    """Say up to which number of rows the one-shot kernel wins, norm included. `results` are of one width, by rows."""
     won = 0
-    while won < len(results) and results[won].us["one_shot"] <= results[won].us["nccl"]:
+    while won < len(results) and results[won].us["one_shot, norm"] <= results[won].us["nccl, norm"]:
         won += 1
     width = results[0].width
     limit = f"MAX_PEER_BYTES allows {MAX_PEER_BYTES // (size - 1) // (width * DTYPE.itemsize)} rows"

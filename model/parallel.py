@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model.one_shot import OneShotAllReduce
+from model.kernels.norm import add_rms_norm
+from model.one_shot import OneShotAllReduce, Place
 
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -29,18 +30,30 @@ class TensorParallel:
     def single(cls) -> TensorParallel:
         return cls()
 
-    def room_for_summand(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
-        """Where `all_reduce` would have its next argument written, to save a copy; None: it does not mind."""
-        return None if self.one_shot is None else self.one_shot.room(shape, dtype)
+    def room_for_summand(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> torch.Tensor | None:
+        """Where a sum would have its next argument [rows, width] written, to save a copy; None: it does not mind."""
+        return None if self.one_shot is None else self.one_shot.room(shape, dtype, place)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of every rank's contiguous `x`, the same bits on every rank; `x` itself is used up."""
+    def all_reduce(self, x: torch.Tensor, place: Place) -> torch.Tensor:
+        """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up."""
         if self.group is None:
             return x
-        if self.one_shot is not None and (total := self.one_shot(x)) is not None:
+        if self.one_shot is not None and (total := self.one_shot.sum(x, place)) is not None:
             return total
         dist.all_reduce(x, group=self.group)
         return x
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, place: Place, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up."""
+        if self.one_shot is not None:
+            done = self.one_shot.sum_add_rms_norm(x, place, residual, weight, eps)
+            if done is not None:
+                return done
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return add_rms_norm(x, residual, weight, eps)
 
     def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Put every rank's [rows, ...] one below the other: [rows * size, ...], the same on every rank."""

@@ -8,6 +8,7 @@ Nothing here waits for the device or depends on the values of tensors, so a deco
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ from model.layers import (
     SiluAndMul,
     VocabParallelEmbedding,
 )
+from model.one_shot import Place
 from model.parallel import TensorParallel
 
 
@@ -63,6 +65,7 @@ class Qwen3Attention(nn.Module):
             config.hidden_size,
             bias=config.attention_bias,
             tp=tp,
+            place=Place.ATTENTION,
             dtype=dtype,
             device=device,
         )
@@ -81,6 +84,7 @@ class Qwen3Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden_states, residual), each [tokens, hidden], to the same, behind `norm` of their sum.
 
+        Hidden states beside a residual are this rank's summands, here and everywhere below.
         kv_cache: [2, num_blocks, block_size, kv_heads, head_dim] of this layer.
         """
         key_cache, value_cache = kv_cache.unbind(0)
@@ -112,7 +116,7 @@ class Qwen3MLP(nn.Module):
             hidden_size, [intermediate_size] * 2, bias=False, tp=tp, dtype=dtype, device=device
         )
         self.down_proj = RowParallelLinear(
-            intermediate_size, hidden_size, bias=False, tp=tp, dtype=dtype, device=device
+            intermediate_size, hidden_size, bias=False, tp=tp, place=Place.MLP, dtype=dtype, device=device
         )
         self.act_fn = SiluAndMul()
 
@@ -141,8 +145,9 @@ class Qwen3DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Qwen3Attention(config, rotary_emb, attention, tp=tp, dtype=dtype, device=device)
         self.mlp = Qwen3MLP(config, tp=tp, dtype=dtype, device=device)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, tp=tp, dtype=dtype, device=device)
+        self.input_layernorm = norm(sums=Place.MLP)
+        self.post_attention_layernorm = norm(sums=Place.ATTENTION)
 
     def forward(
         self,
@@ -151,7 +156,9 @@ class Qwen3DecoderLayer(nn.Module):
         inputs: StepInputs,
         kv_cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (hidden_states, residual), both [tokens, hidden]; their sum is the layer's output.
+        """Return (hidden_states, residual), both [tokens, hidden].
+
+        The residual and the sum of all ranks' hidden states together are the layer's output.
 
         `residual` is None for the first layer, whose hidden states are the embeddings.
         """
@@ -181,7 +188,7 @@ class Qwen3Model(nn.Module):
             Qwen3DecoderLayer(config, self.rotary_emb, attention, tp=tp, dtype=dtype, device=device)
             for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp=tp, sums=Place.MLP, dtype=dtype, device=device)
 
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after the last norm: [tokens, hidden]."""

@@ -300,7 +300,7 @@ def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeCon
     if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
         logger.info("rank=%d no one-shot all-reduces: several nodes take part", tp.rank)
         return tp
-    reason = obstacle(tp.size, dtype=runtime.dtype, device=runtime.device)
+    reason = obstacle(tp.size, device=runtime.device)
     if not _agree(int(not reason), tp, runtime.device):
         logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
         return tp

@@ -31,9 +31,11 @@ def linear(
     """`F.linear` for weights that may be packed. `out` is where the result goes if nothing speaks against it."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if out is not None and bias is None:
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
         return torch.mm(x, weight.t(), out=out)
-    return F.linear(x, weight, bias)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

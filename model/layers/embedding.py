@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from model.kernels.linear import linear
 from model.kernels.packed import pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
+from model.one_shot import Place
 from model.parallel import TensorParallel
 
 
@@ -48,7 +49,8 @@ class VocabParallelEmbedding(_VocabParallel):
         local = token_ids - self._first
         elsewhere = (local < 0) | (local >= self._count)
         hidden_states = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self._tp.all_reduce(hidden_states.masked_fill_(elsewhere.unsqueeze(-1), 0.0))
+        hidden_states = hidden_states.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
+        return self._tp.all_reduce(hidden_states, Place.EMBEDDING)
 
 
 class ParallelLMHead(_VocabParallel):

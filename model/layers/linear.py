@@ -1,7 +1,8 @@
 """Linear layers whose weight is split over the ranks of a tensor-parallel group (Megatron-LM, arXiv:1909.08053).
 
 A column-parallel layer splits the output features, so that each rank computes its own; a row-parallel layer after it
-splits the input features in the same way and sums the partial results. One all-reduce per pair is all they say.
+splits the input features in the same way, and the norm after that sums the ranks' results. One all-reduce per pair is
+all they say.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from model.kernels.packed import pack
 from model.layers.activation import SiluAndMul
 from model.layers.norm import RMSNorm
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
+from model.one_shot import Place
 from model.parallel import TensorParallel
 
 
@@ -50,8 +52,12 @@ class ColumnParallelLinear(ShardedModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (then(self(norm(x + residual))), x + residual), in fewer launches where that is faster.
 
-        x, residual: [tokens, in_features]; without a residual (the first layer's) the sum is x itself.
+        x, residual: [tokens, in_features]; without a residual (the first layer's) the sum is x itself, and with one `x`
+        is this rank's summand of a row-parallel layer.
         """
+        if residual is not None and norm.tp.size > 1:
+            normed, total = norm(x, residual)
+            return linear(normed, self.weight, self.bias, gated=then is not None), total
         return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, gated=then is not None)
 
     def finish(self) -> None:
@@ -122,7 +128,11 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(ShardedModule):
-    """Input features split over ranks; the partial outputs are summed, then the bias is added once."""
+    """Input features split over ranks; each makes a summand, and the norm behind this layer adds them up.
+
+    Args:
+        place: which layers' summands these are, as the norm knows them.
+    """
 
     def __init__(
         self,
@@ -131,22 +141,22 @@ class RowParallelLinear(ShardedModule):
         *,
         bias: bool,
         tp: TensorParallel,
+        place: Place,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self._tp = tp
+        self._place = place
         self._in_features = in_features
         self.weight = empty_parameter(out_features, in_features // tp.size, dtype=dtype, device=device)
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's [tokens, in_features / size] to the whole [tokens, out_features], the same on every rank."""
-        if self._tp.size == 1:
-            return linear(x, self.weight, self.bias)
-        room = self._tp.room_for_summand(torch.Size((x.shape[0], self.weight.shape[0])), x.dtype)
-        out = self._tp.all_reduce(linear(x, self.weight, out=room))
-        return out if self.bias is None else out.add_(self.bias)
+        """This rank's [tokens, in_features / size] to its summand of [tokens, out_features]; rank 0's has the bias."""
+        bias = self.bias if self._tp.rank == 0 else None
+        room = self._tp.room_for_summand(torch.Size((x.shape[0], self.weight.shape[0])), x.dtype, self._place)
+        return linear(x, self.weight, bias, out=room)
 
     def finish(self) -> None:
         self.weight = pack(self.weight)

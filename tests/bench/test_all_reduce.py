@@ -29,7 +29,7 @@ def test_too_few_gpus_are_told(root: Path) -> None:
 
 def test_the_crossover_is_where_the_first_loss_is() -> None:
     def results(*nccl: float) -> list[Result]:
-        return [Result(2**i, 1024, dict.fromkeys(KINDS, 10.0) | {"nccl": us}) for i, us in enumerate(nccl)]
+        return [Result(2**i, 1024, dict.fromkeys(KINDS, 10.0) | {"nccl, norm": us}) for i, us in enumerate(nccl)]
 
     limit = f"allows {MAX_PEER_BYTES // 3 // 2048} rows"
     assert crossover(results(12, 11, 9, 11), 4).startswith("width 1024: one-shot is faster up to 2 rows (12288 bytes")

@@ -1,26 +1,35 @@
-"""What one process of `test_one_shot.py` does, on a GPU of its own. Every check that fails ends all of them."""
+"""What one process of `test_one_shot.py` does, mostly on a GPU of its own. A check that fails ends all of them."""
 
 from __future__ import annotations
 
 import os
 import time
+from itertools import cycle
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from model.one_shot import OneShotAllReduce, largest_numel, obstacle
+from model.kernels.norm import add_rms_norm_triton
+from model.one_shot import OneShotAllReduce, Place, largest_numel, obstacle
+from tests.model.shared_files import shared_files
+
+Shapes = tuple[tuple[int, int], ...]
 
 SIZE = 2
 SHAPES = ((1, 4096), (3, 1024), (64, 4096), (1, 8), (17, 5120), (512, 4096), (2, 2560), (1, 1024))
-"""From one block of threads to as many as the kernel has; elements of the largest: what the memory has room for."""
+"""Of one row and many; elements of the largest: what the memory has room for."""
+FEW_ROWS = tuple(shape for shape in SHAPES if shape[0] <= 3)
 DTYPES = (torch.bfloat16, torch.float32)
+EPS = 1e-6
+places = cycle(Place)
+"""As in a step, no two sums in a row are of one place; so a captured row of calls begins with another than it ends."""
 
 
 def summand(call: int, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """Whole numbers that are others for every call and rank, and whose sum bfloat16 holds exactly."""
-    numbers = torch.arange(shape[0] * shape[1], device="cuda") * 7 + call * 13 + rank * 29
+    numbers = torch.arange(shape[0] * shape[1]) * 7 + call * 13 + rank * 29
     return (numbers % 101).to(dtype).view(shape)
 
 
@@ -28,21 +37,51 @@ def total(call: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor
     return sum((summand(call, rank, shape, dtype) for rank in range(1, SIZE)), summand(call, 0, shape, dtype))
 
 
-def add_up(one_shot: OneShotAllReduce, x: torch.Tensor, *, in_place: bool) -> torch.Tensor:
+def add_up(one_shot: OneShotAllReduce, x: torch.Tensor, *, in_place: bool, place: Place | None = None) -> torch.Tensor:
     """The sum of `x`, which is copied to the shared memory, or written there by another kernel as a layer does."""
+    place = next(places) if place is None else place
     if in_place:
-        room = one_shot.room(x.shape, x.dtype)
-        assert room is not None
-        x = torch.add(x, 0, out=room)
-    out = one_shot(x)
+        x = put(one_shot, x, place)
+    out = one_shot.sum(x, place)
     assert out is not None
     return out
+
+
+def put(one_shot: OneShotAllReduce, x: torch.Tensor, place: Place) -> torch.Tensor:
+    room = one_shot.room(x.shape, x.dtype, place)
+    assert room is not None
+    return torch.add(x, 0, out=room)
+
+
+def check_norm(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
+    """The sum, the residual addition and the norm in one kernel give the bits of one after the other."""
+    torch.manual_seed(7)  # residual and weight are the same on every rank
+    for call, shape in enumerate(shapes):
+        residual, weight = torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+        place = next(places)
+        x = put(one_shot, summand(call, rank, shape, dtype), place)
+        done = one_shot.sum_add_rms_norm(x, place, residual, weight, EPS)
+        assert done is not None
+        expected = add_rms_norm_triton(total(call, shape, dtype), residual, weight, EPS)
+        assert all(map(torch.equal, done, expected)), f"{shape} {dtype}"
+
+
+def on_gpu() -> bool:
+    """Tensors are made on this process's GPU, if it has one."""
+    return torch.get_default_device().type == "cuda"
+
+
+def be_late() -> None:
+    if on_gpu():
+        torch.cuda._sleep(20_000)
+    else:
+        time.sleep(0.002)
 
 
 def check_rounding(one_shot: OneShotAllReduce, dtype: torch.dtype) -> None:
     """As near the exact sum as NCCL is, and the same bits on every rank."""
     for shape in SHAPES:
-        x = torch.randn(shape, device="cuda").to(dtype)
+        x = torch.randn(shape).to(dtype)
         exact, by_nccl = x.double(), x.clone()
         dist.all_reduce(exact)
         dist.all_reduce(by_nccl)
@@ -54,19 +93,22 @@ def check_rounding(one_shot: OneShotAllReduce, dtype: torch.dtype) -> None:
         assert all(torch.equal(all_bits[0], other) for other in all_bits[1:]), shape
 
 
-def check_back_to_back(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype, rounds: int = 20) -> None:
+def check_back_to_back(
+    one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype, rounds: int, shapes: Shapes = SHAPES
+) -> None:
     """Many calls of different sizes without a pause, now one rank late and now the other, each with inputs of its own.
 
     Whatever is read too early or overwritten too early gives a wrong sum.
     """
     for first in range(0, rounds * 100, 100):
-        calls = [(call, SHAPES[call * 5 % len(SHAPES)]) for call in range(first, first + 100)]
+        calls = [(call, shapes[call * 7 % len(shapes)]) for call in range(first, first + 100)]
         inputs = [summand(call, rank, shape, dtype) for call, shape in calls]
-        torch.cuda.synchronize()
+        if on_gpu():
+            torch.cuda.synchronize()
         sums = []
         for (call, _), x in zip(calls, inputs, strict=True):
             if (call + 3 * rank) % 7 == 0:
-                torch.cuda._sleep(20_000)
+                be_late()
             sums.append(add_up(one_shot, x, in_place=call % 3 == 0))
         for (call, shape), out in zip(calls, sums, strict=True):
             assert torch.equal(out, total(call, shape, dtype)), f"call {call}, {shape}, {dtype}"
@@ -77,15 +119,17 @@ def check_in_a_graph(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype) 
     inputs = [summand(0, rank, shape, dtype) for shape in SHAPES]
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
+    assert len(SHAPES) % len(Place) == 2
     with torch.cuda.graph(graph):
         sums = [add_up(one_shot, x, in_place=bool(index % 2)) for index, x in enumerate(inputs)]
+    between = next(places)
     for replay in range(100):
         for x, shape in zip(inputs, SHAPES, strict=True):
             x.copy_(summand(replay, rank, shape, dtype))
         graph.replay()
         if replay % 10 == 0:  # something eager in between
             shape = SHAPES[replay // 10 % len(SHAPES)]
-            out = add_up(one_shot, summand(-replay, rank, shape, dtype), in_place=True)
+            out = add_up(one_shot, summand(-replay, rank, shape, dtype), in_place=True, place=between)
             assert torch.equal(out, total(-replay, shape, dtype)), f"after replay {replay}"
         for out, shape in zip(sums, SHAPES, strict=True):
             assert torch.equal(out, total(replay, shape, dtype)), f"replay {replay}, {shape}, {dtype}"
@@ -94,6 +138,7 @@ def check_in_a_graph(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype) 
 def join(rank: int, rendezvous: str) -> tuple[dist.ProcessGroup, torch.device]:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    torch.set_default_device(device)
     torch.manual_seed(rank)
     store = dist.FileStore(rendezvous, SIZE)
     dist.init_process_group("nccl", store=store, rank=rank, world_size=SIZE, device_id=device)
@@ -102,15 +147,30 @@ def join(rank: int, rendezvous: str) -> tuple[dist.ProcessGroup, torch.device]:
     return group, device
 
 
+def main_on_cpu(rank: int, rendezvous: str, shared: str) -> None:
+    """Make those checks that need no GPU, in Triton's interpreter and through files that the ranks map."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(rendezvous, SIZE), rank=rank, world_size=SIZE)
+    group, cpu = dist.group.WORLD, torch.device("cpu")
+    assert group is not None
+    for dtype in DTYPES:
+        with shared_files(Path(shared) / str(dtype), rank):
+            one_shot = OneShotAllReduce(group, numel=3 * 4096, dtype=dtype, device=cpu)
+        check_norm(one_shot, rank, dtype, FEW_ROWS)
+        check_back_to_back(one_shot, rank, dtype, rounds=2, shapes=FEW_ROWS)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def wait_for_ever(rank: int, rendezvous: str, waiting: str) -> None:
     """Rank 1 goes, and rank 0 waits for it in a sum. When it surely does, there is a file `waiting`."""
     group, device = join(rank, rendezvous)
     one_shot = OneShotAllReduce(group, numel=8, dtype=torch.float32, device=device)
-    assert one_shot(torch.ones(8, device=device)) is not None
+    add_up(one_shot, torch.ones((1, 8), device=device), in_place=False)
     torch.cuda.synchronize()
     dist.barrier()
     if rank == 0:
-        one_shot(torch.ones(8, device=device))
+        add_up(one_shot, torch.ones((1, 8), device=device), in_place=False)
         time.sleep(2.0)
         assert not torch.cuda.current_stream().query()
         Path(waiting).touch()
@@ -124,14 +184,15 @@ def main(rank: int, rendezvous: str) -> None:
     largest = max(rows * width for rows, width in SHAPES)
     assert largest <= largest_numel(SIZE, torch.bfloat16)
     for dtype in DTYPES:
-        assert obstacle(SIZE, dtype=dtype, device=device) == ""
+        assert obstacle(SIZE, device=device) == ""
         one_shot = OneShotAllReduce(group, numel=largest, dtype=dtype, device=device)
         assert symmetric_memory.rendezvous(one_shot._memory, group).multicast_ptr == 0
-        assert one_shot(torch.zeros(largest + 8, dtype=dtype, device=device)) is None
-        assert one_shot(torch.zeros(8, dtype=torch.float16, device=device)) is None
+        assert one_shot.sum(torch.zeros((1, largest + 8), dtype=dtype, device=device), Place.MLP) is None
+        assert one_shot.sum(torch.zeros((1, 8), dtype=torch.float16, device=device), Place.MLP) is None
         with torch.inference_mode():
             check_rounding(one_shot, dtype)
-            check_back_to_back(one_shot, rank, dtype)
+            check_norm(one_shot, rank, dtype)
+            check_back_to_back(one_shot, rank, dtype, rounds=20)
             check_in_a_graph(one_shot, rank, dtype)
     dist.barrier()
     torch.cuda.synchronize()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from safetensors.torch import save_file
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from model import one_shot as one_shot_module
+from model.kernels.peer_sum import peer_sum, peer_sum_add_rms_norm
 from model.one_shot import OneShotAllReduce
 from model.parallel import TensorParallel
 from tests.model.helpers import (
@@ -25,6 +26,7 @@ from tests.model.helpers import (
     run,
     unpack,
 )
+from tests.model.shared_files import shared_files
 
 WORLD_SIZE = 4
 SIZES = (2, 4)
@@ -60,54 +62,39 @@ def logits_of(folder: Path, tp: TensorParallel, *, packed: bool = True) -> torch
     )
 
 
-class OneShots:
-    """What stands for PyTorch's symmetric memory and its kernel, which are for GPUs, over gloo."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0)
-        self.written_in_place = 0
-        self.calls = 0
-
-    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        self.memory = torch.full((numel,), float("nan"), dtype=dtype, device=device)
-        return self.memory
-
-    def mm(self, x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        self.written_in_place += out.data_ptr() == self.memory.data_ptr()
-        return out.copy_(x @ weight)
-
-    def sum(self, summand: torch.Tensor, operation: str, group_name: str) -> torch.Tensor:
-        assert operation == "sum"
-        assert summand.data_ptr() == self.memory.data_ptr()
-        self.calls += 1
-        total = summand.clone()
-        dist.all_reduce(total, group=_resolve_process_group(group_name))
-        self.memory.fill_(float("nan"))  # from now on it may be written to
-        return total
-
-
-def one_shot_logits_of(folder: Path, tp: TensorParallel) -> torch.Tensor:
-    """As `logits_of`, with small sums in one shot."""
-    double = OneShots()
+def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.Tensor:
+    """As `logits_of`, with small sums in one shot; `shared`: a folder of the ranks' own."""
     assert tp.group is not None
-    with (
-        patch.object(symmetric_memory, "empty", double.empty),
-        patch.object(symmetric_memory, "rendezvous"),
-        patch.object(torch.ops.symm_mem, "one_shot_all_reduce", double.sum),
-        patch.object(torch, "mm", double.mm),
-    ):
-        numel = FEW_TOKENS * TINY["hidden_size"]
+    written = 0
+    numel = FEW_TOKENS * TINY["hidden_size"]
+    with shared_files(shared, tp.rank):
         one_shot = OneShotAllReduce(tp.group, numel=numel, dtype=torch.float32, device=torch.device("cpu"))
+
+    def count(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(*operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            nonlocal written
+            written += out.data_ptr() in [memory.data_ptr() for memory in one_shot._memory]
+            return product(*operands, out=out)
+
+        return counted
+
+    with (
+        patch.object(torch, "mm", count(torch.mm)),
+        patch.object(torch, "addmm", count(torch.addmm)),
+        patch.object(one_shot_module, "peer_sum", wraps=peer_sum) as sums,
+        patch.object(one_shot_module, "peer_sum_add_rms_norm", wraps=peer_sum_add_rms_norm) as sums_with_norm,
+    ):
         logits = logits_of(folder, replace(tp, one_shot=one_shot), packed=False)
     layers = TINY["num_hidden_layers"]
-    assert (double.calls, double.written_in_place) == (1 + 2 * layers, 2 * layers)  # the first is the embedding's
+    done = (sums.call_count, sums_with_norm.call_count, written)
+    assert done == (1, 2 * layers, 2 * layers), done
     return logits
 
 
 def main(rank: int, rendezvous: str, folders: list[str], results: str) -> None:
     """Join the group; for each size and checkpoint, write this rank's logits to results/<size>-<checkpoint>-<rank>.
 
-    Both those summed by gloo alone and those summed in one shot where that is for.
+    Those summed by gloo alone and, in Triton's interpreter, those summed in one shot where that is for.
     """
     torch.set_num_threads(1)
     store = dist.FileStore(rendezvous, WORLD_SIZE)
@@ -118,8 +105,10 @@ def main(rank: int, rendezvous: str, folders: list[str], results: str) -> None:
             if rank < size:
                 for number, folder in enumerate(folders):
                     tp = TensorParallel(rank, size, group)
-                    logits = {"logits": logits_of(Path(folder), tp), "one shot": one_shot_logits_of(Path(folder), tp)}
+                    logits = {"logits": logits_of(Path(folder), tp)}
                     if interpreted():
+                        shared = Path(results) / f"{size}-{number}"
+                        logits["one shot"] = one_shot_logits_of(Path(folder), tp, shared)
                         with fused_launches():
                             logits["fused"] = logits_of(Path(folder), tp, packed=False)
                     save_file(logits, Path(results) / f"{size}-{number}-{rank}.safetensors")
