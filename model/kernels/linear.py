@@ -1,8 +1,8 @@
 """Linear layers with what stands around them, and the one place that decides in how many launches.
 
-Up to 16 rows, a norm with its residual addition, the product and the SiLU gate may be one launch (`small_linear`); how
-it is cut, and whether it pays, stands in `tilings`. Everything else, and anything on the CPU, is one operation after
-another.
+In steps of few rows, a norm with its residual addition, the product and the SiLU gate may be one launch
+(`small_linear`); how it is cut, and whether it pays, stands in `tilings`. Everything else, and anything on the CPU, is
+one operation after another.
 """
 
 from __future__ import annotations
