@@ -11,7 +11,6 @@ from model.layers.shard import ShardedModule, empty_parameter
 from model.one_shot import Place
 from model.parallel import TensorParallel
 
-
 _ALONE = TensorParallel.single()
 
 

@@ -27,6 +27,7 @@ import worker.tables
 from model import sampler
 from model.attention.triton_backend import TritonAttention
 from model.config import Qwen3Config
+from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from worker.plan import StepBounds
@@ -68,7 +69,9 @@ def main(folder: str, dtype: torch.dtype) -> None:
         for name in ("use_triton", "is_hopper"):
             if hasattr(module, name):
                 setattr(module, name, lambda _: True)
-    run_steps(Qwen3Config.from_folder(folder), dtype)
+    config = Qwen3Config.from_folder(folder)
+    run_steps(config, dtype)
+    run_sums(config.hidden_size, dtype)
     for kernel in kernels.values():
         sys.stdout.write(json.dumps(describe(kernel)) + "\n")
 
@@ -108,6 +111,15 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype) -> None:
         inputs.token_ids.zero_()  # the embedding is no kernel of ours, and looks them up
         logits = qwen3.compute_logits(qwen3(inputs, cache)[:rows])
         tables.retire(of_rows, sampler.sample(logits, slots, ones, tables.sampling))
+
+
+def run_sums(width: int, dtype: torch.dtype) -> None:
+    """What ranks do together."""
+    nowhere = torch.zeros(2, dtype=torch.int64)
+    peers = Peers(rank=1, summands=nowhere, flags=nowhere, epochs=torch.zeros(SLOTS, dtype=torch.int32))
+    shape = torch.Size((SLOTS, width))
+    peer_sum(shape, dtype, peers)
+    peer_sum_add_rms_norm(torch.zeros(shape, dtype=dtype), torch.ones(width, dtype=dtype), 1e-6, peers)
 
 
 def describe(kernel: Any) -> dict[str, object]:

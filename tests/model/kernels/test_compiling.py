@@ -22,6 +22,7 @@ ALWAYS = {
     "_decode_kernel",
     "_enter_blocks_kernel",
     "_plan_kernel",
+    "_peer_sum_kernel",
     "_prefill_kernel",
     "_prepare_kernel",
     "_qk_norm_rope_store_kernel",
@@ -38,6 +39,7 @@ DEPENDENT = SMALL_LINEAR | {
     "_score_kernel",
     "_choose_kernel",
     "_decode_kernel",
+    "_peer_sum_kernel",
 }
 
 
