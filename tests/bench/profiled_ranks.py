@@ -3,7 +3,9 @@ run as a command to be interrupted."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -53,9 +55,14 @@ def mislead(engine: Engine) -> None:
 
 
 def tell_and_wait(engine: Engine) -> None:
+    """Wait as within a collective that nobody else joins: for a lock that it holds, where no signal handler of Python's
+    gets its turn; for a minute at most."""
+    signal.alarm(60)
     sys.stdout.write("up\n")
     sys.stdout.flush()
-    time.sleep(60)
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ def test_a_rank_that_fails_says_why_and_the_others_end(
     assert why in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_process_is_left_when_it_is_ended(number: signal.Signals, root: Path, endless_checkpoint: Path) -> None:
-    """By Ctrl-C or otherwise, even if only the process that was started hears of it."""
+    """By Ctrl-C or at once, even if only the process that was started hears of it."""
     command = [sys.executable, "-m", "tests.bench.profiled_ranks", str(endless_checkpoint)]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
