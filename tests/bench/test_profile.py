@@ -8,13 +8,15 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from bench.profile import Engine, group_of, run_ranks
+from bench.profile import Engine, group_of, report, run_ranks
 from tests.bench import profiled_ranks
 from tests.bench.profiled_ranks import config_for
 from tests.processes import children, is_alive, until
@@ -81,6 +83,14 @@ def test_no_process_is_left_when_it_is_ended(number: signal.Signals, root: Path,
 )
 def test_groups(kernel: str, group: str) -> None:
     assert group_of(kernel) == group
+
+
+def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file = tmp_path / "out.json"
+    report(Namespace(size="8B", batches=[], prefill=[], json=file), 4, Mock())
+    written = json.loads(file.read_text())
+    assert (written["hardware"], written["tensor_parallel_size"], written["profiles"]) == ("a GPU", 4, [])
 
 
 @pytest.mark.parametrize(
