@@ -1,21 +1,29 @@
 """Where a step's time goes: `python -m bench.profile --size 0.6B --batches 1 8 64 256`.
 
-One process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
+A process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
 step: the wall time, what the host spends on planning, launching and retiring, and, from a second pass under PyTorch's
 profiler, how long the device is busy with each group of kernels and how long it idles. `--prefill` takes whole prompts
 of so many tokens instead, one step each. Dependent launches begin while others run and count from then on: groups then
 add up to more than the device is busy (LIGHTQWEN_WITHOUT=pdl keeps launches apart).
+
+With `--tensor-parallel-size N` that process is the leader of N ranks, each on a GPU of its own, which join and follow
+its plans as a server's do. Every figure is the leader's: sending a plan counts as launching, and waiting for another
+rank within a collective as the collective.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,14 +31,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from bench.provenance import json_file, provenance, without
 from bench.shapes import SIZES, write_config
 from model.config import Qwen3Config
-from model.parallel import TensorParallel
-from worker.config import EngineConfig
+from model.errors import ModelError
+from worker.channel import PlanReceiver, PlanSender, private_endpoint
+from worker.children import RankSpec
+from worker.config import ConfigError, EngineConfig
+from worker.follower import Follower
 from worker.messages import SamplingParams, Submit, ids_to_bytes
+from worker.rank import join
 from worker.runner import Runner, build_runner
 from worker.runtime import RuntimeConfig, resolve
 from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
@@ -43,7 +56,7 @@ GROUPS = (
     ("sampling", r"_score_kernel|_choose_kernel"),
     ("tables", r"_prepare_kernel|_retire_kernel|_admit_kernel|_enter_blocks_kernel"),
     ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_fma_kernel|_held_kernel|_dot_kernel"),
-    ("collectives", r"nccl|all_reduce"),
+    ("collectives", r"nccl|all_reduce|_sum_norm_kernel"),
     ("copies", r"Memcpy|Memset"),
 )
 """Kernel groups by what their names hold, the first that fits; others are 'torch'."""
@@ -77,14 +90,15 @@ class Profile:
 
 
 class Engine:
-    """Scheduler and runner in this process."""
+    """Scheduler and runner in this process; `plans` leads to the followers, where there are any."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        shape = Qwen3Config.from_folder(config.model)
-        runtime = resolve(config, shape, 0)
-        self._run_ahead = runtime.run_ahead
-        self._runner: Runner = build_runner(config, shape, runtime, TensorParallel.single(), lambda *_: None)
-        self.limits = _limits(config, shape, runtime, self._runner.num_blocks)
+    def __init__(
+        self, runner: Runner, limits: SchedulerLimits, *, run_ahead: int, plans: PlanSender | None = None
+    ) -> None:
+        self.limits = limits
+        self._runner = runner
+        self._run_ahead = run_ahead
+        self._plans = plans
         self._scheduler = self._fresh()
         self._in_flight: list[PlannedStep] = []
         self.times: dict[str, list[float]] = defaultdict(list)
@@ -113,6 +127,8 @@ class Engine:
         planned = self._scheduler.plan()
         after_plan = clock()
         if planned is not None:
+            if self._plans is not None:
+                self._plans.send(planned.plan.encode())
             self._runner.launch(planned.plan)
             self._in_flight.append(planned)
         after_launch = clock()
@@ -146,6 +162,61 @@ def _limits(config: EngineConfig, shape: Qwen3Config, runtime: RuntimeConfig, nu
         watermark_blocks=int(config.admission_watermark * num_blocks),
         prefix_caching=False,
     )
+
+
+def run_ranks(config: EngineConfig, work: Callable[[Engine], None]) -> None:
+    """Start a process for each rank, let the leader do `work`, and end them all.
+
+    Args:
+        work: is sent to the leader's process, so it must be a function of a module, or a `partial` of one.
+
+    Raises:
+        torch.multiprocessing.ProcessExitedException: a rank failed or was killed. If it could, it has said why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        plans, meeting = private_endpoint("plans"), f"file://{folder}/rendezvous"
+        specs = [
+            RankSpec(rank=rank, epoch=1, config=config, gateways=None, plans=plans, rendezvous=meeting)
+            for rank in range(config.tensor_parallel_size)
+        ]
+        ranks = torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+            run_rank, args=(specs, work), nprocs=len(specs), join=False, daemon=True
+        )
+        try:
+            ranks.join()  # until one ends: the leader, or one that failed
+        finally:
+            for process in ranks.processes:
+                process.kill()
+                process.join()
+
+
+def run_rank(rank: int, specs: list[RankSpec], work: Callable[[Engine], None]) -> None:
+    """Be one rank: the leader until `work` is done, a follower until it is ended, both until something fails."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it even while it waits within a collective
+    code = 0
+    try:
+        _lead_or_follow(specs[rank], work)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    # At once: what graphs hold of NCCL's goes with the process, and no failure that follows from this one overtakes it.
+    os._exit(code)
+
+
+def _lead_or_follow(spec: RankSpec, work: Callable[[Engine], None]) -> None:
+    shape = Qwen3Config.from_folder(spec.config.model)
+    runtime = resolve(spec.config, shape, spec.rank)
+    tp, plans = join(spec, runtime)
+    runner = build_runner(spec.config, shape, runtime, tp, lambda *_: None)
+    if isinstance(plans, PlanReceiver):
+        follower = Follower(runner, plans, run_ahead=runtime.run_ahead, heartbeat=lambda _: None)
+        while True:
+            follower.step()
+    if plans is not None:
+        plans.gather()
+    limits = _limits(spec.config, shape, runtime, runner.num_blocks)
+    work(Engine(runner, limits, run_ahead=runtime.run_ahead, plans=plans))
 
 
 def decode(engine: Engine, batch: int, context: int, steps: int) -> Profile:
@@ -202,8 +273,7 @@ def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Call
             spans.append((event.time_range.start, event.time_range.end))
     groups: dict[str, float] = defaultdict(float)
     for name, durations in kernels.items():
-        group = next((group for group, pattern in GROUPS if re.search(pattern, name)), "torch")
-        groups[group] += sum(durations) / steps
+        groups[group_of(name)] += sum(durations) / steps
     return Profile(
         workload=workload,
         steps=steps,
@@ -217,6 +287,11 @@ def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Call
     )
 
 
+def group_of(kernel: str) -> str:
+    """The group of a kernel of this name."""
+    return next((group for group, pattern in GROUPS if re.search(pattern, kernel)), "torch")
+
+
 def _union(spans: list[tuple[float, float]]) -> float:
     """How long at least one kernel ran."""
     total, reached = 0.0, float("-inf")
@@ -226,11 +301,40 @@ def _union(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+def report(arguments: argparse.Namespace, tensor_parallel_size: int, engine: Engine) -> None:
+    """Measure what was asked for; print it, and write it where it was asked to be."""
+    profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
+    profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
+    device = torch.cuda.get_device_name()
+    print(f"{arguments.size} on {device} x {tensor_parallel_size}, without: {without() or 'nothing'}")
+    for one in profiles:
+        print("\n".join(one.lines()))
+    if arguments.json is not None:
+        made = {"hardware": device, "torch": torch.__version__, "tensor_parallel_size": tensor_parallel_size}
+        whole = provenance("bench.profile") | made | {"profiles": [asdict(one) for one in profiles]}
+        arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def check(config: EngineConfig) -> None:
+    """See that there are GPUs enough for this, which the shape can be divided among.
+
+    Raises:
+        ConfigError, ModelError: what is wrong, in one line.
+    """
+    shape = Qwen3Config.from_folder(config.model)
+    shape.check_parallel(config.tensor_parallel_size)
+    if not resolve(config, shape, 0).on_gpu:
+        raise ConfigError("needs a CUDA GPU: there is no device to profile here")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks, each on a GPU of its own (default: 1)"
+    )
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64, 256], help="decode with so many requests")
     parser.add_argument("--context", type=int, default=300, help="tokens of each (default: 300)")
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prefill prompts of so many tokens")
@@ -238,21 +342,23 @@ def main() -> int:
     parser.add_argument("--json", type=json_file, help="write the figures here")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA GPU: there is no device to profile here")
     with tempfile.TemporaryDirectory() as scratch:
-        options = {"model": str(write_config(arguments.size, Path(scratch))), "load_format": "random"}
+        options: dict[str, object] = {
+            "model": str(write_config(arguments.size, Path(scratch))),
+            "load_format": "random",
+            "tensor_parallel_size": arguments.tensor_parallel_size,
+        }
         options |= dict(option.split("=", 1) for option in arguments.set)
-        engine = Engine(EngineConfig.model_validate(options))
-        profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
-        profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
-    print(f"{arguments.size} on {torch.cuda.get_device_name()}, without: {without() or 'nothing'}")
-    for one in profiles:
-        print("\n".join(one.lines()))
-    if arguments.json is not None:
-        report = provenance("bench.profile") | {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__}
-        report["profiles"] = [asdict(one) for one in profiles]
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        try:
+            config = EngineConfig.model_validate(options)
+            check(config)
+        except (ValidationError, ConfigError, ModelError) as error:
+            parser.error(str(error))
+        try:
+            run_ranks(config, functools.partial(report, arguments, config.tensor_parallel_size))
+        except torch.multiprocessing.ProcessExitedException as error:  # type: ignore[attr-defined]
+            print(f"bench.profile: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

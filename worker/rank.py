@@ -67,8 +67,7 @@ def _prepare(spec: RankSpec, control: ChildEnd) -> Callable[[], None]:
     runtime = resolve(config, checkpoint, spec.rank)
     if without := unwanted():
         logger.warning("rank=%d goes without: %s", spec.rank, ", ".join(sorted(without)))
-    _set_up_device(runtime, config.local_size)
-    tp, plans = _join(spec, runtime)
+    tp, plans = join(spec, runtime)
 
     def progress(what: str, done: int, total: int) -> None:
         if spec.rank == config.local_ranks.start:
@@ -156,21 +155,15 @@ def _fit_model_len(config: EngineConfig, runtime: RuntimeConfig, num_blocks: int
     return capacity
 
 
-def _set_up_device(runtime: RuntimeConfig, local_size: int) -> None:
-    if runtime.on_gpu:
-        torch.cuda.set_device(runtime.device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-
-
-def _join(spec: RankSpec, runtime: RuntimeConfig) -> tuple[TensorParallel, PlanSender | PlanReceiver | None]:
-    """Form the tensor-parallel group, and this rank's end of the plan channel.
+def join(spec: RankSpec, runtime: RuntimeConfig) -> tuple[TensorParallel, PlanSender | PlanReceiver | None]:
+    """Take this rank's device; form the tensor-parallel group, and this rank's end of the plan channel.
 
     On one machine everything stays there: a file to meet at, the loopback interface, a private socket for plans. With
     several nodes the ranks meet at node 0's store, use the interface that leads there, and the leader's socket has a
     second address, for followers elsewhere.
     """
     config = spec.config
+    _set_up_device(runtime, config.local_size)
     if config.tensor_parallel_size == 1:
         return TensorParallel.single(), None
     if config.nodes == 1:
@@ -184,6 +177,13 @@ def _join(spec: RankSpec, runtime: RuntimeConfig) -> tuple[TensorParallel, PlanS
         plans = _plans(spec, store)
         _form_group(spec, runtime, store=dist.PrefixStore("group", store))  # type: ignore[attr-defined]
     return TensorParallel(rank=spec.rank, size=config.tensor_parallel_size, group=dist.group.WORLD), plans
+
+
+def _set_up_device(runtime: RuntimeConfig, local_size: int) -> None:
+    if runtime.on_gpu:
+        torch.cuda.set_device(runtime.device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
 
 
 def _form_group(spec: RankSpec, runtime: RuntimeConfig, **meeting: Any) -> None:

@@ -1,0 +1,108 @@
+"""The profile as far as no GPU is needed: how its ranks work together and end, its groups of kernels, its refusals."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from bench.profile import Engine, group_of, report, run_ranks
+from tests.bench import profiled_ranks
+from tests.bench.profiled_ranks import config_for
+from tests.processes import children, is_alive, until
+
+PROFILE = (sys.executable, "-m", "bench.profile")
+
+
+def test_ranks_draw_together_what_one_draws_alone(endless_checkpoint: Path, tmp_path: Path) -> None:
+    """A follower that had not made the same steps would have given its part of other sums."""
+    results = []
+    for size in (1, 2):
+        file = tmp_path / f"{size}.json"
+        run_ranks(config_for(endless_checkpoint, size), functools.partial(profiled_ranks.run_requests, file))
+        results.append(json.loads(file.read_text()))
+    assert results[0] == results[1]
+    assert [len(tokens) for tokens in results[0]["tokens"]] == [2] * 4 + [3] * 6
+    assert results[0]["times"]["retire"] == 10
+
+
+@pytest.mark.parametrize(
+    ("work", "who", "why"),
+    [(profiled_ranks.fail, 0, "the leader has enough"), (profiled_ranks.mislead, 1, "StepPlan.decode")],
+)
+def test_a_rank_that_fails_says_why_and_the_others_end(
+    work: Callable[[Engine], None], who: int, why: str, endless_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = f"process {who} terminated with exit code 1"
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match=ended):
+        run_ranks(config_for(endless_checkpoint, 2), work)
+    assert not multiprocessing.active_children()
+    assert why in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_process_is_left_when_it_is_ended(number: signal.Signals, root: Path, endless_checkpoint: Path) -> None:
+    """By Ctrl-C or at once, even if only the process that was started hears of it."""
+    command = [sys.executable, "-m", "tests.bench.profiled_ranks", str(endless_checkpoint)]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            started = children(process.pid)
+            process.send_signal(number)
+            assert process.wait(15) == -number
+        finally:
+            process.kill()
+    assert len(started) >= 2
+    until(lambda: not any(map(is_alive, started)), 10.0, "a process is left")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
+        ("void c10d::symmetric_memory::one_shot_all_reduce_kernel<c10::BFloat16, 8, 2>(...)", "collectives"),
+        ("_sum_norm_kernel", "collectives"),
+        ("_rms_norm_kernel", "norm"),
+        ("_qk_norm_rope_kernel", "rope + kv write"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNN", "linear"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", "torch"),
+    ],
+)
+def test_groups(kernel: str, group: str) -> None:
+    assert group_of(kernel) == group
+
+
+def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file = tmp_path / "out.json"
+    report(Namespace(size="8B", batches=[], prefill=[], json=file), 4, Mock())
+    written = json.loads(file.read_text())
+    assert (written["hardware"], written["tensor_parallel_size"], written["profiles"]) == ("a GPU", 4, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tensor-parallel-size", "3"], "tensor-parallel size 3 does not divide the model's 16 query heads"),
+        (["--tensor-parallel-size", "0"], "Input should be greater than or equal to 1"),
+        (["--set", "device=cpu"], "needs a CUDA GPU: there is no device to profile here"),
+    ],
+)
+def test_what_cannot_be_profiled_is_told(options: list[str], message: str, root: Path) -> None:
+    run = subprocess.run([*PROFILE, *options], cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
