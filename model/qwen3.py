@@ -18,7 +18,7 @@ from torch import nn
 from model.attention import AttentionBackend, CapturedSteps
 from model.config import Qwen3Config
 from model.inputs import StepInputs
-from model.kernels.rope_kv import qk_norm_rope_store
+from model.kernels.rope_kv import Projected
 from model.layers import (
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -89,20 +89,19 @@ class Qwen3Attention(nn.Module):
         """
         key_cache, value_cache = kv_cache.unbind(0)
         qkv, residual = self.qkv_proj.after(norm, hidden_states, residual)
-        q = qk_norm_rope_store(
-            qkv,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.rotary_emb.cos_sin,
-            inputs.positions,
-            inputs.kv_slots,
-            key_cache,
-            value_cache,
-            self.num_heads,
-            self.num_kv_heads,
-            self.q_norm.eps,
+        projected = Projected(
+            qkv=qkv,
+            q_weight=self.q_norm.weight,
+            k_weight=self.k_norm.weight,
+            cos_sin=self.rotary_emb.cos_sin,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            eps=self.q_norm.eps,
         )
-        attended = self.attn.forward(q, key_cache, value_cache, inputs)
+        attended = self.attn.decode(projected, key_cache, value_cache, inputs)
+        if attended is None:
+            q = projected.store(inputs.positions, inputs.kv_slots, key_cache, value_cache)
+            attended = self.attn.forward(q, key_cache, value_cache, inputs)
         return self.o_proj(attended.flatten(1)), residual
 
 

@@ -13,6 +13,7 @@ import torch
 
 from model.errors import ModelError
 from model.inputs import StepInputs
+from model.kernels.rope_kv import Projected
 
 BackendName = Literal["torch", "triton", "flash"]
 CapturedSteps = Literal["none", "decode", "all"]
@@ -38,6 +39,12 @@ class AttentionBackend(Protocol):
         inputs: StepInputs,
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim]: what each query reads from its row's keys; anything for dead rows."""
+        ...
+
+    def decode(
+        self, projected: Projected, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
+    ) -> torch.Tensor | None:
+        """Do `projected.store` and `forward` in one where that is faster; None: it has done nothing."""
         ...
 
 

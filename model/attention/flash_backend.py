@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from model.errors import ModelError
 from model.inputs import StepInputs
 from model.kernels.attention import AttentionPlan, paged_attention_triton, plan_attention
+from model.kernels.rope_kv import Projected
 
 _INSTALL = "pip install 'lightqwen[flash]', or use attention backend triton"
 
@@ -87,6 +88,11 @@ class FlashAttention:
         out = torch.empty_like(q)
         out[decodes:] = prefilled
         return self._decode(q, key_cache, value_cache, inputs, out)
+
+    def decode(
+        self, projected: Projected, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
+    ) -> None:
+        """Nothing is faster in one."""
 
     def _decode(
         self,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from model.inputs import StepInputs
+from model.kernels.rope_kv import Projected
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,11 @@ class TorchAttention:
             keys, values = self._read(key_cache, value_cache, row.blocks)
             out[row.queries] = self._attend(q[row.queries], keys[: row.kv_len], values[: row.kv_len])
         return out
+
+    def decode(
+        self, projected: Projected, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
+    ) -> None:
+        """Nothing is faster in one."""
 
     def _blocks(self, block_table: torch.Tensor, kv_len: int) -> slice | torch.Tensor:
         table = block_table[: -(-kv_len // self._block_size)]

@@ -8,7 +8,13 @@ import torch
 
 from model.errors import ModelError
 from model.inputs import StepInputs
-from model.kernels.attention import AttentionPlan, paged_attention_triton, plan_attention
+from model.kernels.attention import AttentionPlan, paged_attention_triton, paged_decode_triton, plan_attention
+from model.kernels.rope_kv import Projected
+from model.kernels.runtime import wanted
+
+_FEW_PROGRAMS = 264
+"""So many rows times KV heads are decoded in one launch with the norms and RoPE: two for each of a Hopper's 132
+multiprocessors. With more, programs come one after the other, and each would make the next wait for its queries."""
 
 
 class TritonAttention:
@@ -62,4 +68,15 @@ class TritonAttention:
             inputs.kv_lens,
             self._scale,
             inputs.attention_plan,
+        )
+
+    def decode(
+        self, projected: Projected, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
+    ) -> torch.Tensor | None:
+        """Return what `forward` does, for steps of few rows of one query; see `AttentionBackend`."""
+        few = inputs.num_rows * self._num_kv_heads <= _FEW_PROGRAMS
+        if not few or inputs.num_decode_rows < inputs.num_rows or not wanted("fused_decode"):
+            return None
+        return paged_decode_triton(
+            projected, key_cache, value_cache, inputs.block_tables, self._scale, inputs.attention_plan
         )

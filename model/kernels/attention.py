@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.rope_kv import Projected
 from model.kernels.runtime import is_hopper, jit, jit_once, tl, triton, use_triton, wanted
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
@@ -47,7 +48,7 @@ class SplitList:
 
     records: torch.Tensor
     """[splits, 8] int32, 32 bytes that a program reads at once: row (-1: nothing to do), its token, first key of the
-    split, key behind its last one, the row's first split, the row's number of splits, and two unused."""
+    split, key behind its last one, the row's first split, number of splits and number of keys, and one unused."""
     firsts: torch.Tensor  # [rows + 1] int32: each row's first split, and behind the last the number of splits
 
 
@@ -216,42 +217,11 @@ def paged_attention_triton(
     plan: AttentionPlan,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _, heads, head_dim = q.shape
-    _, block_size, kv_heads, _ = key_cache.shape
+    heads = q.shape[1]
     out = torch.empty_like(q) if out is None else out
-    assert all(x.is_contiguous() for x in (q, out, key_cache, value_cache)), "q, out and the caches are contiguous"
-    assert block_tables.stride(1) == 1, "a row's block table is contiguous"
-    shape = {
-        "KV_HEADS": kv_heads,
-        "GROUP": heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_SIZE": block_size,
-    }
-    group_block = triton.next_power_of_2(heads // kv_heads)
-    dependent = dependent_launch(q)
-    _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        plan.splits.records,
-        plan.partial_out,
-        plan.partial_lse,
-        plan.arrivals,
-        out,
-        scale / math.log(2),
-        block_tables.stride(0),
-        GROUP_BLOCK=group_block,
-        DOT_BLOCK=max(16, group_block),
-        MERGED=_MERGED,
-        TILE=_DECODE_TILE,
-        PDL=bool(dependent),
-        **shape,
-        **_decode_launch(q.dtype),
-        **dependent,
-    )
+    _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)
     if plan.tiles.rows.shape[0]:
+        shape = _shape_of(out, key_cache)
         launch = _prefill_tiles(q.dtype)
         key_tiles, value_tiles = key_cache, value_cache
         descriptors = _takes_descriptors(q, launch["TILE"], shape)
@@ -276,6 +246,83 @@ def paged_attention_triton(
             **launch,
         )
     return out
+
+
+def paged_decode_triton(
+    projected: Projected,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    plan: AttentionPlan,
+) -> torch.Tensor:
+    """As `projected.store` and `paged_attention_triton` behind it, in one launch, where no row has several queries.
+
+    A row's position and the place of its newest key are known from its kv_len and its block table.
+    """
+    qkv = projected.qkv
+    assert not plan.tiles.rows.shape[0], "rows of several queries are not for this kernel"
+    out = qkv.new_empty((qkv.shape[0], projected.num_heads, projected.q_weight.shape[0]))
+    _launch_decode(qkv, projected, key_cache, value_cache, block_tables, scale, plan, out)
+    return out
+
+
+def _launch_decode(
+    q: torch.Tensor,
+    projected: Projected | None,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    plan: AttentionPlan,
+    out: torch.Tensor,
+) -> None:
+    """Attend for the rows of one query; `q` is what `projected` holds, where that is given."""
+    tensors = (q, out, key_cache, value_cache)
+    assert all(x.is_contiguous() for x in tensors), "q, out and the caches are contiguous"
+    assert block_tables.stride(1) == 1, "a row's block table is contiguous"
+    heads, kv_heads = out.shape[1], key_cache.shape[2]
+    group_block = triton.next_power_of_2(heads // kv_heads)
+    dependent = dependent_launch(q)
+    # A pointer that nothing is read through stands for what is not given.
+    weights = (q, q, q) if projected is None else (projected.q_weight, projected.k_weight, projected.cos_sin)
+    _decode_kernel[(kv_heads, plan.splits.records.shape[0])](
+        q,
+        *weights,
+        key_cache,
+        value_cache,
+        block_tables,
+        plan.splits.records,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.arrivals,
+        out,
+        scale / math.log(2),
+        0.0 if projected is None else projected.eps,
+        block_tables.stride(0),
+        GROUP_BLOCK=group_block,
+        DOT_BLOCK=max(16, group_block),
+        MERGED=_MERGED,
+        TILE=_DECODE_TILE,
+        RAW=projected is not None,
+        PDL=bool(dependent),
+        **_shape_of(out, key_cache),
+        **_decode_launch(q.dtype),
+        **dependent,
+    )
+
+
+def _shape_of(out: torch.Tensor, key_cache: torch.Tensor) -> dict[str, int]:
+    """What both kernels know of heads and blocks; out: [tokens, heads, head_dim]."""
+    _, heads, head_dim = out.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_SIZE": block_size,
+    }
 
 
 def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
@@ -366,6 +413,7 @@ def _plan_kernel(
             tl.store(record + 3, tl.minimum(first_key + part, own_len), mask=listed)
             tl.store(record + 4, first_split, mask=listed)
             tl.store(record + 5, own_count, mask=listed)
+            tl.store(record + 6, own_len, mask=listed)
         for kv_head in range(KV_HEADS):
             tl.store(arrivals_ptr + row * KV_HEADS + kv_head, 0, mask=is_row)
     else:
@@ -404,8 +452,11 @@ def _rows_of(unit, firsts_ptr, num_rows, WIDTH: tl.constexpr):
 
 @jit_once("tables_ptr")
 def _decode_kernel(
-    q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
-    key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
+    q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]; with RAW [tokens, KV_HEADS * (GROUP + 2), HEAD_DIM], of q, k and v
+    q_weight_ptr,  # [HEAD_DIM], read only with RAW
+    k_weight_ptr,  # [HEAD_DIM], read only with RAW
+    cos_sin_ptr,  # [max_positions, HEAD_DIM] float32, read only with RAW
+    key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM], written with RAW
     value_ptr,  # same
     tables_ptr,  # [rows, table_stride] int32
     records_ptr,  # [splits, 8] int32: `SplitList`
@@ -414,6 +465,7 @@ def _decode_kernel(
     arrivals_ptr,  # [rows, KV_HEADS] int32, zero before and after
     out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     scale,  # of scores that are exponents of 2
+    eps,
     table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -424,6 +476,7 @@ def _decode_kernel(
     HEAD_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    RAW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: the GROUP query heads of one KV head of one row, over one split of its keys.
@@ -432,6 +485,10 @@ def _decode_kernel(
     beginning that are no dependent launches and let none start early: the kernel behind them found them ended, and
     every later kernel starts after that one. Nothing else was there then: queries and the newest keys come from the
     kernels just before, and the partial results, the counters and `out` may still be in use.
+
+    With RAW, q and the newest key and value are what the projection gave. They are normed and rotated here; the last
+    split has the newest key in registers, and stores it for the steps to come. So the cache holds only what earlier
+    steps wrote, and the first keys and values are on their way before `wait`.
     """
     begin_dependents(PDL)
     kv_head = tl.program_id(0)
@@ -446,9 +503,6 @@ def _decode_kernel(
     # The table before the queries: a program waits for these before it goes on, and keys are asked for by the table.
     table_ptr = tables_ptr + row * table_stride
     tile_row = _tile_row(table_ptr, begin, end, BLOCK_SIZE, TILE)
-    wait(PDL)
-    if row < 0:
-        return
 
     member = tl.arange(0, DOT_BLOCK)
     column = tl.arange(0, HEAD_BLOCK)
@@ -456,13 +510,59 @@ def _decode_kernel(
     own_head = kv_head * GROUP + member
     own_mask = (member < GROUP)[:, None] & in_head[None, :]
     places = (token * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
-    q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
-
     key = tl.arange(0, TILE)
     in_tile = key[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + column)[None, :]
     highest = tl.full([DOT_BLOCK], float("-inf"), tl.float32)
     totals = tl.zeros([DOT_BLOCK, TILE], tl.float32)  # summed up behind the loop: threads need not meet for it before
     acc = tl.zeros([DOT_BLOCK, HEAD_BLOCK], tl.float32)
+
+    if RAW:
+        kv_len = tl.load(record + 6)
+        has_newest = (end == kv_len) & (kv_len > 0)
+        end -= has_newest.to(tl.int32)
+        is_key = begin + key < end
+        mask = is_key[:, None] & in_head[None, :]
+        offset = tile_row * (KV_HEADS * HEAD_DIM)
+        keys = tl.load(key_ptr + offset + in_tile, mask=mask, other=0.0)
+        values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
+        position = tl.maximum(kv_len - 1, 0)
+        block = tl.load(table_ptr + position // BLOCK_SIZE, mask=kv_len > 0, other=0).to(tl.int64)
+        newest = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM + column[None, :]
+        tile_row = _tile_row(table_ptr, begin + TILE, end, BLOCK_SIZE, TILE)
+        # Element i is rotated with i + HEAD_DIM / 2, and that with i.
+        HALF: tl.constexpr = HEAD_DIM // 2
+        partner = tl.where(column < HALF, column + HALF, column - HALF)
+        angle = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + column % HALF
+        cos = tl.load(angle, mask=in_head, other=0.0)[None, :]
+        sin = tl.load(angle + HALF, mask=in_head, other=0.0)[None, :]
+        sin = tl.where((column < HALF)[None, :], -sin, sin)
+        q_weights = _both(q_weight_ptr, column[None, :], partner[None, :], in_head[None, :])
+        k_weights = _both(k_weight_ptr, column[None, :], partner[None, :], in_head[None, :])
+    wait(PDL)
+    if row < 0:
+        return
+
+    if RAW:
+        source = q_ptr + token * (KV_HEADS * (GROUP + 2) * HEAD_DIM)
+        own = own_head[:, None] * HEAD_DIM
+        raw_q = _both(source, own + column[None, :], own + partner[None, :], own_mask)
+        own = ((KV_HEADS * GROUP + kv_head + tl.arange(0, 1)) * HEAD_DIM)[:, None]
+        raw_k = _both(source, own + column[None, :], own + partner[None, :], in_head[None, :])
+        new_value = tl.load(source + KV_HEADS * HEAD_DIM + own + column[None, :], mask=in_head[None, :], other=0.0)
+        q = _norm_and_rotate(raw_q, q_weights, cos, sin, eps, HEAD_DIM)
+        new_key = _norm_and_rotate(raw_k, k_weights, cos, sin, eps, HEAD_DIM)
+        kept = (column < tl.where(has_newest, HEAD_DIM, 0))[None, :]
+        tl.store(key_ptr + newest, new_key, mask=kept)
+        tl.store(value_ptr + newest, new_value, mask=kept)
+        score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
+        highest = tl.where(has_newest, score, highest)
+        totals = tl.where((key == 0)[None, :] & has_newest, 1.0, totals)
+        acc = tl.where(has_newest, new_value.to(tl.float32), acc)
+        if begin < end:
+            highest, totals, acc = _attend_tile(q, keys, values, is_key, scale, highest, totals, acc)
+        begin += TILE
+    else:
+        q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
     for start in range(begin, end, TILE):
         is_key = start + key < end
         mask = is_key[:, None] & in_head[None, :]
@@ -470,14 +570,7 @@ def _decode_kernel(
         keys = tl.load(key_ptr + offset + in_tile, mask=mask, other=0.0)
         values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
         tile_row = _tile_row(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        decay = tl.exp2(highest - new_highest)
-        totals = totals * decay[:, None] + weights
-        acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        highest = new_highest
+        highest, totals, acc = _attend_tile(q, keys, values, is_key, scale, highest, totals, acc)
 
     total = tl.sum(totals, axis=1)
     safe_total = tl.where(total > 0, total, 1.0)
@@ -496,6 +589,40 @@ def _decode_kernel(
                 partial_out_ptr, partial_lse_ptr, out_ptr, first_split, num_splits, token, kv_head, KV_HEADS, GROUP,
                 GROUP_BLOCK, MERGED, HEAD_DIM, HEAD_BLOCK,
             )  # fmt: skip
+
+
+@jit
+def _attend_tile(q, keys, values, is_key, scale, highest, totals, acc):
+    """Return the running maximum, sums and weighted values with those of one tile of keys."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(is_key[None, :], scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_highest[:, None])
+    decay = tl.exp2(highest - new_highest)
+    totals = totals * decay[:, None] + weights
+    acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return new_highest, totals, acc
+
+
+@jit
+def _both(pointer, own, partner, mask):
+    """Load elements, and those that they are rotated with."""
+    return tl.load(pointer + own, mask=mask, other=0.0), tl.load(pointer + partner, mask=mask, other=0.0)
+
+
+@jit
+def _norm_and_rotate(raw, weights, cos, sin, eps, HEAD_DIM: tl.constexpr):
+    """Return heads [n, HEAD_BLOCK] as `qk_norm_rope_store` does: normed, rounded, weighted, rounded, rotated, rounded.
+
+    `raw` and `weights` are pairs, of elements and of those that they are rotated with; sin has its sign.
+    """
+    dtype = raw[0].dtype
+    wide = raw[0].to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD_DIM + eps)[:, None]
+    own = ((wide * scale).to(dtype).to(tl.float32) * weights[0].to(tl.float32)).to(dtype).to(tl.float32)
+    other = (raw[1].to(tl.float32) * scale).to(dtype).to(tl.float32)
+    other = (other * weights[1].to(tl.float32)).to(dtype).to(tl.float32)
+    return (own * cos + other * sin).to(dtype)
 
 
 @jit

@@ -17,6 +17,9 @@ from model.kernels.runtime import use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_triton
 from model.kernels.tilings import tiling_for
 
+_ROWS_WITHOUT_PDL = 4
+"""With more rows, and launches that are not dependent, cuBLAS was the faster (docs/performance.md)."""
+
 
 def linear(
     x: torch.Tensor,
@@ -84,4 +87,5 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor, *, norm: bool, gated: bool) -
 
 def _wants_small_linear(x: torch.Tensor) -> bool:
     """Tell whether fused launches are for `x`; tilings are for elements of two bytes with bfloat16's range."""
-    return wanted("small_linear") and x.dtype is torch.bfloat16 and use_triton(x)
+    pays = x.shape[0] <= _ROWS_WITHOUT_PDL or bool(dependent_launch(x))
+    return pays and wanted("small_linear") and x.dtype is torch.bfloat16 and use_triton(x)

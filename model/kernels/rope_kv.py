@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
@@ -12,6 +14,37 @@ from model.kernels.norm import rms_norm_torch
 from model.kernels.runtime import jit, tl, triton, use_triton
 
 _HEADS_PER_PROGRAM = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projected:
+    """What the QKV projection gave, and what is to be done to it before attention: see `qk_norm_rope_store`."""
+
+    qkv: torch.Tensor
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    cos_sin: torch.Tensor
+    num_heads: int
+    num_kv_heads: int
+    eps: float
+
+    def store(
+        self, positions: torch.Tensor, kv_slots: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """Do it: store keys and values and return the queries, [tokens, num_heads, head_dim]."""
+        return qk_norm_rope_store(
+            self.qkv,
+            self.q_weight,
+            self.k_weight,
+            self.cos_sin,
+            positions,
+            kv_slots,
+            key_cache,
+            value_cache,
+            self.num_heads,
+            self.num_kv_heads,
+            self.eps,
+        )
 
 
 def qk_norm_rope_store(

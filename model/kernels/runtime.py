@@ -26,7 +26,7 @@ except ModuleNotFoundError:
 
 __all__ = ["is_hopper", "jit", "jit_once", "tl", "triton", "unwanted", "use_triton", "wanted"]
 
-DISPENSABLE = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors")
+DISPENSABLE = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors", "fused_decode")
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
 
 

@@ -82,12 +82,16 @@ def test_with_more_rows_the_norm_is_a_launch_of_its_own(launches: list[set[str]]
 def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     def tiling(dtype: torch.dtype, rows: int = 1) -> object:
         x, weight = torch.empty(rows, 64, dtype=dtype), torch.empty(128, 64, dtype=dtype)
-        return linear._tiling(x, weight, norm=True, gated=False)
+        return linear._tiling(x, weight, norm=False, gated=False)
 
     monkeypatch.setattr(linear, "use_triton", lambda x: True)
     monkeypatch.delenv("LIGHTQWEN_WITHOUT", raising=False)
     assert tiling(torch.bfloat16) is not None
-    assert tiling(torch.bfloat16, rows=17) is None
+    assert tiling(torch.bfloat16, rows=4) is not None
+    assert tiling(torch.bfloat16, rows=5) is None
+    monkeypatch.setattr(linear, "dependent_launch", lambda x: {"launch_pdl": True})
+    assert tiling(torch.bfloat16, rows=5) is not None
+    assert tiling(torch.bfloat16, rows=9) is None
     assert tiling(torch.float32) is None
     monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl,small_linear")
     assert tiling(torch.bfloat16) is None

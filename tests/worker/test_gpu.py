@@ -40,7 +40,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ONE_GPU = ["", "small_linear", "pdl", "tensor_descriptors", "small_linear,pdl,tensor_descriptors"]
+EVERYTHING = "small_linear,pdl,tensor_descriptors,fused_decode"
+ONE_GPU = ["", "small_linear", "pdl", "tensor_descriptors", "fused_decode", EVERYTHING]
 
 
 @pytest.fixture(params=ONE_GPU, ids=lambda without: f"without {without or 'nothing'}")
@@ -138,7 +139,7 @@ def test_run_ahead_changes_no_token(checkpoint: Path) -> None:
         "sharded_sampling",
         "symmetric_memory,sharded_sampling",
         "small_linear,pdl",
-        "symmetric_memory,sharded_sampling,small_linear,pdl,tensor_descriptors",
+        f"symmetric_memory,sharded_sampling,{EVERYTHING}",
     ],
 )
 def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, without: str) -> None:

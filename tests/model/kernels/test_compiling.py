@@ -60,7 +60,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bfloat16", "", SMALL_LINEAR),
         ("float32", "", set()),
         ("bfloat16", "pdl", SMALL_LINEAR),
-        ("bfloat16", "pdl,small_linear,tensor_descriptors", set()),
+        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", set()),
     ],
 )
 def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, others: set[str]) -> None:
