@@ -59,7 +59,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("bfloat16", "", SMALL_LINEAR),
         ("float32", "", set()),
-        ("bfloat16", "pdl", SMALL_LINEAR),
+        ("bfloat16", "pdl", {"_fma_kernel", "_held_kernel"}),
         ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", set()),
     ],
 )
