@@ -69,8 +69,6 @@ class OneShotAllReduce:
         try:
             self._memory = symmetric_memory.empty((len(Place), numel), dtype=dtype, device=device)
             self._flags = symmetric_memory.empty((size, MAX_ROWS), dtype=torch.int32, device=device)
-            self._flags.zero_()
-            torch.cuda.synchronize(device)  # before any rank leaves the rendezvous, and may set flags
             memory, flags = (symmetric_memory.rendezvous(tensor, group) for tensor in (self._memory, self._flags))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
@@ -78,11 +76,20 @@ class OneShotAllReduce:
                 f"{device} cannot share memory with other GPUs for small all-reduces: {reason}; "
                 "set LIGHTQWEN_WITHOUT=symmetric_memory to leave them to NCCL"
             ) from error
+        self._flags.zero_()
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # all flags are zero before any rank sets one
         # Views of every rank's memory, which must live as long as their addresses are used.
         self._views = [
             [handle.get_buffer(rank, tensor.shape, tensor.dtype) for rank in range(size)]
             for handle, tensor in ((memory, self._memory), (flags, self._flags))
         ]
+        for views, tensor in zip(self._views, (self._memory, self._flags), strict=True):
+            if views[group.rank()].data_ptr() != tensor.data_ptr():
+                raise ModelError(
+                    f"PyTorch {torch.__version__} puts shared memory where this version does not look for it; "
+                    "set LIGHTQWEN_WITHOUT=symmetric_memory to leave small all-reduces to NCCL"
+                )
         memories, all_flags = (
             torch.tensor([view.data_ptr() for view in views], device=device) for views in self._views
         )

@@ -7,6 +7,9 @@ by counting: the n-th sum of a row begins with the flag n, so that nothing has t
 Nobody says when it has read. A rank that has passed a sum knows, though, that all the others had begun it, and
 therefore had ended what they did before. So a summand may be overwritten once a later sum of summands that lie
 elsewhere has passed: sums that follow one another must use different memory (`model.one_shot` sees to that).
+
+Programs need not all fit on a GPU at a time. They do have to start in the order of their numbers, as they do on every
+GPU so far: then all ranks have begun the first row that any of them waits in.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, misc"
@@ -64,7 +67,7 @@ def _launch(
     norm: bool,
 ) -> None:
     rows, width = out.shape
-    max_rows = peers.epochs.shape[0]
+    size, max_rows = peers.summands.shape[0], peers.epochs.shape[0]
     assert rows <= max_rows, f"{rows} rows are more than the {max_rows} that have flags"
     block = triton.next_power_of_2(width)
     launch = dependent_launch(out)
@@ -78,7 +81,8 @@ def _launch(
         total,
         eps,
         RANK=peers.rank,
-        SIZE=peers.summands.shape[0],
+        SIZE=size,
+        SIZE_BLOCK=triton.next_power_of_2(size),
         MAX_ROWS=max_rows,
         WIDTH=width,
         BLOCK=block,
@@ -101,6 +105,7 @@ def _peer_sum_kernel(
     eps,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -114,10 +119,11 @@ def _peer_sum_kernel(
     dtype = out_ptr.dtype.element_ty
     places = row.to(tl.int64) * WIDTH + columns
     own_flags = tl.load(flags_ptr + RANK).to(tl.pointer_type(tl.int32))
-    flags = ()
+    peer = tl.arange(0, SIZE_BLOCK)
+    is_other = (peer < SIZE) & (peer != RANK)
+    others = tl.load(flags_ptr + peer, mask=is_other, other=0).to(tl.pointer_type(tl.int32))
     pointers = ()
     for rank in tl.static_range(SIZE):
-        flags = flags + (tl.load(flags_ptr + rank).to(tl.pointer_type(tl.int32)),)
         # The compiler must be told of the alignment, and a pointer is what it listens for.
         summand = tl.multiple_of(tl.load(summands_ptr + rank).to(tl.pointer_type(dtype)), 16)
         pointers = pointers + (summand + places,)
@@ -126,9 +132,8 @@ def _peer_sum_kernel(
     wait(PDL)
 
     epoch = tl.atomic_add(epochs_ptr + row, 1, sem="relaxed") + 1
-    for rank in tl.static_range(SIZE):
-        if rank != RANK:
-            tl.atomic_xchg(flags[rank] + RANK * MAX_ROWS + row, epoch, sem="release", scope="sys")
+    # All at once: one after the other, each would wait for the one before to arrive.
+    tl.atomic_xchg(others + RANK * MAX_ROWS + row, epoch, mask=is_other, sem="release", scope="sys")
     if NORM:  # on its way while others are waited for
         residual = tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
     for rank in tl.static_range(SIZE):

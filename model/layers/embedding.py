@@ -49,8 +49,9 @@ class VocabParallelEmbedding(_VocabParallel):
         local = token_ids - self._first
         elsewhere = (local < 0) | (local >= self._count)
         hidden_states = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        hidden_states = hidden_states.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
-        return self._tp.all_reduce(hidden_states, Place.EMBEDDING)
+        room = self._tp.room_for_summand(hidden_states.shape, hidden_states.dtype, Place.EMBEDDING)
+        summand = torch.mul(hidden_states, ~elsewhere.unsqueeze(-1), out=room)
+        return self._tp.all_reduce(summand, Place.EMBEDDING)
 
 
 class ParallelLMHead(_VocabParallel):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from model.kernels.linear import linear
 from model.kernels.norm import add_rms_norm_triton
 from model.one_shot import OneShotAllReduce, Place, largest_numel, obstacle
 from tests.model.shared_files import shared_files
@@ -135,6 +136,51 @@ def check_in_a_graph(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype) 
             assert torch.equal(out, total(replay, shape, dtype)), f"replay {replay}, {shape}, {dtype}"
 
 
+def check_layers(one_shot: OneShotAllReduce, rank: int) -> None:
+    """Products write where others read, as dependent launches, behind sums and before them: no step is too early.
+
+    The same launches one at a time, with the device idle between them, tell what has to come out.
+    """
+    width, steps = 1024, 24
+    torch.manual_seed(11 + rank)
+    weights = [(torch.randn(width, width) / 32).to(torch.bfloat16) for _ in range(steps)]
+    torch.manual_seed(12)
+    norm = torch.randn(width).to(torch.bfloat16)
+    for rows in (1, 4, 8, 64):
+        x = torch.randn(rows, width).to(torch.bfloat16)
+
+        def chain(x: torch.Tensor, *, late: int = -1, one_at_a_time: bool = False) -> torch.Tensor:
+            hidden = residual = x
+            for step, weight in enumerate(weights):
+                place = (Place.ATTENTION, Place.MLP)[step % 2]
+                summand = linear(hidden, weight, out=one_shot.room(hidden.shape, hidden.dtype, place))
+                if one_at_a_time:
+                    torch.cuda.synchronize()
+                if step % 7 == late:
+                    be_late()
+                done = one_shot.sum_add_rms_norm(summand, place, residual, norm, EPS)
+                assert done is not None
+                hidden, residual = done
+                if one_at_a_time:
+                    torch.cuda.synchronize()
+            return hidden
+
+        expected = chain(x, one_at_a_time=True)
+        assert expected.isfinite().all()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = chain(x, late=3 * rank)
+        for _ in range(50):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, expected), f"{rows} rows"
+        assert torch.equal(chain(x, late=3 - 3 * rank), expected), f"{rows} rows, eager"
+        every = [torch.empty_like(expected) for _ in range(SIZE)]
+        dist.all_gather(every, expected)
+        assert all(torch.equal(every[0], other) for other in every[1:])
+
+
 def join(rank: int, rendezvous: str) -> tuple[dist.ProcessGroup, torch.device]:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -194,6 +240,8 @@ def main(rank: int, rendezvous: str) -> None:
             check_norm(one_shot, rank, dtype)
             check_back_to_back(one_shot, rank, dtype, rounds=20)
             check_in_a_graph(one_shot, rank, dtype)
+            if dtype is torch.bfloat16:
+                check_layers(one_shot, rank)
     dist.barrier()
     torch.cuda.synchronize()
     os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from unittest.mock import patch
@@ -13,14 +14,16 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 
+@dataclass(frozen=True, slots=True)
 class Handle:
     """Every rank's tensor; its files are called <path>-<rank>."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    path: Path
+    rank: int
+    tensor: torch.Tensor  # this rank's
 
     def get_buffer(self, rank: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        return mapped(f"{self._path}-{rank}", shape, dtype)
+        return self.tensor if rank == self.rank else mapped(f"{self.path}-{rank}", shape, dtype)
 
 
 @contextmanager
@@ -33,11 +36,12 @@ def shared_files(folder: Path, rank: int) -> Iterator[None]:
         made.append(folder / str(len(made)))
         return mapped(f"{made[-1]}-{rank}", torch.Size(shape), dtype)
 
-    handles = (Handle(path) for path in made)
+    met: list[Handle] = []
 
     def rendezvous(tensor: torch.Tensor, group: dist.ProcessGroup) -> Handle:
         dist.barrier(group)
-        return next(handles)
+        met.append(Handle(made[len(met)], rank, tensor))
+        return met[-1]
 
     with (
         patch.object(symmetric_memory, "empty", empty),

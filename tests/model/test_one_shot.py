@@ -13,6 +13,7 @@ from model import one_shot
 from model.errors import ModelError
 from tests.model import one_shot_rank
 from tests.model.helpers import interpreted
+from tests.model.shared_files import shared_files
 from tests.processes import until
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < one_shot_rank.SIZE, reason="needs two GPUs")
@@ -53,6 +54,26 @@ def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
     first.join(30.0)
     assert first.exitcode == -signal.SIGKILL
     assert torch.ones(8, device="cuda:0").sum().item() == 8
+
+
+def test_where_there_is_room(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with shared_files(tmp_path, 0):
+            made = one_shot.OneShotAllReduce(torch.distributed.group.WORLD, numel=13, dtype=torch.float32, device=cpu)
+            rows = one_shot.MAX_ROWS
+            narrow = one_shot.OneShotAllReduce(
+                torch.distributed.group.WORLD, numel=2 * rows + 2, dtype=torch.bfloat16, device=cpu
+            )
+    finally:
+        torch.distributed.destroy_process_group()
+    rooms = [made.room(torch.Size((1, 13)), torch.float32, place) for place in one_shot.Place]
+    assert all(room is not None and room.data_ptr() % 16 == 0 for room in rooms)
+    assert made.room(torch.Size((1, 17)), torch.float32, one_shot.Place.MLP) is None
+    assert made.room(torch.Size((1, 13)), torch.bfloat16, one_shot.Place.MLP) is None
+    assert narrow.room(torch.Size((rows, 2)), torch.bfloat16, one_shot.Place.MLP) is not None
+    assert narrow.room(torch.Size((rows + 1, 2)), torch.bfloat16, one_shot.Place.MLP) is None
 
 
 def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | N
 
 
 def main(rank: int, rendezvous: str, folder: str, results: str, without: str) -> None:
-    """Join over NCCL; write logits in bf16 and greedy tokens in fp32, by captured decode steps, without `without`."""
+    """Join over NCCL; write logits in bf16, and greedy tokens of both dtypes by captured steps, without `without`."""
     os.environ["LIGHTQWEN_WITHOUT"] = without
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -58,8 +58,14 @@ def main(rank: int, rendezvous: str, folder: str, results: str, without: str) ->
     )
     tp = TensorParallel(rank, SIZE, dist.group.WORLD)
     ids = torch.randint(0, 4099, (700,), generator=torch.Generator().manual_seed(1))
-    logits = {"whole": logits_of(Path(folder), tp, ids), "few tokens a step": logits_of(Path(folder), tp, ids[:60], 3)}
+    half, shape = make_runner(Path(folder), tp, dtype="bfloat16", tensor_parallel_size=SIZE)
+    logits = {
+        "whole": logits_of(Path(folder), half._tp, ids),
+        "few tokens a step": logits_of(Path(folder), half._tp, ids[:60], 3),
+    }
     save_file({name: of.cpu() for name, of in logits.items()}, Path(results) / f"logits-{rank}.safetensors")
+    rounded = generate(half, shape, requests(8, temperature=0.0))
+    (Path(results) / f"rounded-{rank}.json").write_text(json.dumps(rounded))
     with patch.object(runner_module, "_MIN_SHARED_ROWS", 4):  # fewer than the 8 requests
         runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
         assert (runner._tp.one_shot is None) == ("symmetric_memory" in without), "see the log for why"
@@ -70,6 +76,6 @@ def main(rank: int, rendezvous: str, folder: str, results: str, without: str) ->
     torch.cuda.synchronize()
     if runner._tp.one_shot is not None:
         os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank
-    del runner  # NCCL does not let a communicator go while a captured graph uses it
+    del runner, half  # NCCL does not let a communicator go while a captured graph uses it
     gc.collect()
     dist.destroy_process_group()

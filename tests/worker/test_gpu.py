@@ -155,6 +155,8 @@ def test_two_ranks_compute_what_one_does(checkpoint: Path, tmp_path: Path, witho
         assert torch.equal(logits, second[name])
         # Each of the layers rounds its two partial sums to bf16 before they are added.
         assert (logits.double() - alone[: len(logits)]).norm() / alone[: len(logits)].norm() <= 2e-2, name
+    first_tokens, second_tokens = (json.loads((tmp_path / f"rounded-{rank}.json").read_text()) for rank in range(2))
+    assert first_tokens == second_tokens
     runner, shape = make_runner(checkpoint, dtype="float32")
     expected = generate(runner, shape, requests(8, temperature=0.0))
     for rank in range(gpu_rank.SIZE):

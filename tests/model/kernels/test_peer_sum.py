@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.kernels.norm import add_rms_norm_torch
 from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
-from tests.model.kernels.comparing import DTYPES, MATCH, poisoned, relative_error
+from tests.model.kernels.comparing import DTYPES, MATCH, ON_GPU, poisoned, relative_error
 
 EPS = 1e-6
 MAX_ROWS = 6
@@ -75,13 +77,14 @@ def test_with_residual_and_norm(
 
 def test_nothing_past_the_rows_is_read(triton_device: torch.device) -> None:
     group = Group(0, 2, (2, 200), torch.float32, triton_device)
-    for rank, summand in enumerate(group.summands):
-        memory = poisoned(3, 200, dtype=torch.float32, device=triton_device)
+    longer = [poisoned(3, 200, dtype=torch.float32, device=triton_device) for _ in group.summands]
+    for memory, summand in zip(longer, group.summands, strict=True):
         memory[:2] = summand
-        group.summands[rank] = memory
-    group.peers.summands.copy_(addresses(group.summands, triton_device))
-    out = peer_sum(torch.Size((2, 200)), torch.float32, group.peers)
-    assert torch.equal(out, group.summands[0][:2] + group.summands[1][:2])
+    peers = replace(group.peers, summands=addresses(longer, triton_device))
+    if ON_GPU:
+        torch.cuda.synchronize()  # addresses are read early
+    out = peer_sum(torch.Size((2, 200)), torch.float32, peers)
+    assert torch.equal(out, group.summands[0] + group.summands[1])
 
 
 def test_too_many_rows(triton_device: torch.device) -> None:
