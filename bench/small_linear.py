@@ -123,7 +123,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                 yield Variant(tiling, norm=False)
     if rows >= 4:
         for block_n, block_k, warps, stages in (
-            *(((16, 256, 1, 4), (32, 256, 2, 4)) if rows <= 16 else ((64, 128, 4, 3), (64, 64, 4, 4))),
+            *(((16, 256, 1, 4), (32, 256, 2, 4)) if rows <= 16 else _SMALL_TILES),
             (32, 256, 4, 4 if rows <= 32 else 3),
             (64, 128, 4, 4),
             (64, 256, 4, 3),
@@ -139,6 +139,10 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                     yield Variant(tiling, layer.norm)
                 if rows > 16 or (layer.norm and rows >= 8):
                     yield Variant(tiling, norm=False)
+
+
+_SMALL_TILES = ((16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3))
+"""Of which, with many rows of x beside them, several programs fit on a multiprocessor."""
 
 
 def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
