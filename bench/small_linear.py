@@ -117,10 +117,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages), layer.norm)
     if rows >= 4:
         for tiling in _held_tilings(layer, max(8, rows)):
-            if rows <= 32:
-                yield Variant(tiling, layer.norm)
-            if rows > 32 or layer.norm:
-                yield Variant(tiling, norm=False)
+            yield Variant(tiling, norm=False)
     if rows >= 4:
         for block_n, block_k, warps, stages in (
             *(((16, 256, 1, 4), (32, 256, 2, 4)) if rows <= 16 else _SMALL_TILES),

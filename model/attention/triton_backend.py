@@ -12,9 +12,10 @@ from model.kernels.attention import AttentionPlan, paged_attention_triton, paged
 from model.kernels.rope_kv import Projected
 from model.kernels.runtime import wanted
 
-_FEW_PROGRAMS = 264
-"""So many rows times KV heads are decoded in one launch with the norms and RoPE: two for each of a Hopper's 132
-multiprocessors. With more, programs come one after the other, and each would make the next wait for its queries."""
+_FEW_PROGRAMS = 256
+"""So many rows times KV heads are decoded in one launch with the norms and RoPE: nearly two for each of a Hopper's 132
+multiprocessors. With more, programs come one after the other, and each would make the next wait for its queries. With a
+power of two, a step and the graph that it is padded to are on the same side."""
 
 
 class TritonAttention:

@@ -391,8 +391,8 @@ def _plan_kernel(
     if tl.program_id(0) == 0:
         single = num_queries == 1
         kv_len = tl.where(single, tl.load(kv_lens_ptr + row, mask=is_row, other=0), 0)
-        split_len = tl.cdiv(tl.cdiv(tl.sum(kv_len, axis=0), target), TILE) * TILE
-        split_len = tl.maximum(split_len, min_keys)
+        split_len = tl.maximum(tl.cdiv(tl.sum(kv_len, axis=0), target), min_keys)
+        split_len = tl.cdiv(split_len, TILE) * TILE
         # A row without keys has one split too: it writes the zeros.
         count = tl.where(kv_len <= max_whole, 1, tl.maximum(tl.cdiv(kv_len, split_len), 1))
         num_splits = _list_firsts(tl.where(single, count, 0), row, is_row, split_firsts_ptr)
@@ -518,13 +518,18 @@ def _decode_kernel(
 
     if RAW:
         kv_len = tl.load(record + 6)
-        has_newest = (end == kv_len) & (kv_len > 0)
+        has_newest = (begin < end) & (end == kv_len)
         end -= has_newest.to(tl.int32)
         is_key = begin + key < end
         mask = is_key[:, None] & in_head[None, :]
         offset = tile_row * (KV_HEADS * HEAD_DIM)
-        keys = tl.load(key_ptr + offset + in_tile, mask=mask, other=0.0)
-        values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
+        first_values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
+        # As the right operand: to turn them over, the compiler would wait for them before it asks for the values.
+        turned_row = tile_row
+        if BLOCK_SIZE % TILE != 0:  # then there is one for each key
+            turned_row = tl.trans(tile_row)
+        turned = (turned_row + key[None, :]) * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + column)[:, None]
+        first_keys = tl.load(key_ptr + turned, mask=is_key[None, :] & in_head[:, None], other=0.0)
         position = tl.maximum(kv_len - 1, 0)
         block = tl.load(table_ptr + position // BLOCK_SIZE, mask=kv_len > 0, other=0).to(tl.int64)
         newest = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM + column[None, :]
@@ -559,7 +564,7 @@ def _decode_kernel(
         totals = tl.where((key == 0)[None, :] & has_newest, 1.0, totals)
         acc = tl.where(has_newest, new_value.to(tl.float32), acc)
         if begin < end:
-            highest, totals, acc = _attend_tile(q, keys, values, is_key, scale, highest, totals, acc)
+            highest, totals, acc = _attend_tile(q, first_keys, first_values, is_key, scale, highest, totals, acc)
         begin += TILE
     else:
         q = tl.load(q_ptr + places, mask=own_mask, other=0.0)
@@ -570,7 +575,7 @@ def _decode_kernel(
         keys = tl.load(key_ptr + offset + in_tile, mask=mask, other=0.0)
         values = tl.load(value_ptr + offset + in_tile, mask=mask, other=0.0)
         tile_row = _tile_row(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
-        highest, totals, acc = _attend_tile(q, keys, values, is_key, scale, highest, totals, acc)
+        highest, totals, acc = _attend_tile(q, tl.trans(keys), values, is_key, scale, highest, totals, acc)
 
     total = tl.sum(totals, axis=1)
     safe_total = tl.where(total > 0, total, 1.0)
@@ -593,8 +598,8 @@ def _decode_kernel(
 
 @jit
 def _attend_tile(q, keys, values, is_key, scale, highest, totals, acc):
-    """Return the running maximum, sums and weighted values with those of one tile of keys."""
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    """Return the running maximum, sums and weighted values with those of one tile of keys [HEAD_BLOCK, TILE]."""
+    scores = tl.dot(q, keys, input_precision="ieee") * scale
     scores = tl.where(is_key[None, :], scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_highest[:, None])

@@ -3,7 +3,8 @@
 What a kernel can do without the results of others (start, compute addresses, fetch weights) then costs no time of its
 own. A kernel that is launched so keeps three rules, and kernels that are not may stand anywhere between:
 
-- Before `wait` a program reads only what no kernel of the forward pass writes: weights, tables, and the step's inputs.
+- Before `wait` a program reads only what no kernel of the forward pass writes: weights, tables, the step's inputs, and
+  places of the KV cache that earlier steps wrote.
   Everything else is read, and anything at all is written, after it. (The pass begins with a kernel without PDL, the
   embedding, so that whatever was launched before the pass has ended by then.)
 - Every program calls `wait`, also one without work. A kernel then ends after all kernels before it have ended, so that

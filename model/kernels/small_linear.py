@@ -6,9 +6,9 @@ after it, each part optional.
 
 There are three kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *held* multiplies on the tensor cores, each warp its part of the reduction; a program
-holds its weight rows whole, so they must be short. *dot* does so for long ones, with the weight as the left operand, so
-that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
-adds up the partial sums of all in a fixed order and leaves the counter as it found it.
+holds its weight rows whole, so they must be short, and norms nothing. *dot* does so for long ones, with the weight as
+the left operand, so that the rows of x are the narrow side; it may split the reduction over several programs, the last
+of which to arrive adds up the partial sums of all in a fixed order and leaves the counter as it found it.
 
 Rounding is that of the separate operations, with one exception: 1 / rms(x) is applied to the sums instead of to x, so
 that x is read once. What is multiplied is then gain * x, which for tensor cores is rounded once where the norm rounds
@@ -150,10 +150,13 @@ def small_linear_triton(
         )
         return out, total
     if tiling.form == "held":
+        assert norm is None, "held does not norm"
         assert k <= tiling.block_k * tiling.stages, f"{k} columns are too many for {tiling}"
         _held_kernel[(tiles,)](
-            *pointers,
-            eps,
+            x,
+            weight,
+            pointers[4],
+            out,
             rows,
             n,
             k,
@@ -165,7 +168,8 @@ def small_linear_triton(
             EVEN_N=n % tiling.block_n == 0,
             EVEN_K=k == tiling.block_k * tiling.stages,
             PDL=pdl,
-            **parts,
+            BIAS=bias is not None,
+            GATED=gated,
             **launch,
         )
         return out, total
@@ -467,13 +471,9 @@ def _load_tile(pointers, owned, column, k, EVEN_N: tl.constexpr, EVEN_K: tl.cons
 @jit_once("rows")
 def _held_kernel(
     x_ptr,  # [rows, k]
-    residual_ptr,  # [rows, k], read only with ADD
-    norm_ptr,  # [k], read only with NORM
     weight_ptr,  # [n, k]
     bias_ptr,  # [n], read only with BIAS
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
-    total_ptr,  # [rows, k], written only with ADD
-    eps,
     rows,
     n,
     k,
@@ -485,55 +485,40 @@ def _held_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """One program: BLOCK_N features of every row. It holds all STAGES tiles of the weight before it looks at x.
 
     A tile has PARTS parts of PART columns: a product for each warp, all of them added up at the end. (A product of
-    matrices in batches is that: Triton gives each of as many warps as there are batches one of them.)
+    matrices in batches is that: Triton gives each of as many warps as there are batches one of them.) Weights are
+    loaded as the right operand, [PARTS, PART, BLOCK_N]: to turn tiles over behind their loads, the compiler would wait
+    for each of them before it asks for the next.
     """
     begin_dependents(PDL)
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
     row = tl.arange(0, ROWS)
     column = (tl.arange(0, PARTS) * PART)[:, None] + tl.arange(0, PART)[None, :]
-    weights = weight_ptr + feature.to(tl.int64)[None, :, None] * k + column[:, None, :]
+    weights = weight_ptr + feature.to(tl.int64)[None, None, :] * k + column[:, :, None]
     offsets = row[None, :, None] * k + column[:, None, :]
-    owned = (feature < n)[None, :, None]
+    owned = (feature < n)[None, None, :]
     is_row = (row < rows)[None, :, None]
     held = ()
-    gains = ()
     for stage in tl.static_range(STAGES):
-        here = stage * PARTS * PART + column
-        held = held + (_load_tile(weights + stage * PARTS * PART, owned, here[:, None, :], k, EVEN_N, EVEN_K),)
-        gains = gains + (_load_gain(norm_ptr, here, k, NORM),)
+        here = (stage * PARTS * PART + column)[:, :, None]
+        held = held + (_load_tile(weights + stage * PARTS * PART, owned, here, k, EVEN_N, EVEN_K),)
     wait(PDL)
 
-    xs = (_load_total(x_ptr, residual_ptr, offsets, is_row & (column < k)[:, None, :], ADD),)
+    xs = (tl.load(x_ptr + offsets, mask=is_row & (column < k)[:, None, :], other=0.0),)
     products = tl.zeros([PARTS, ROWS, BLOCK_N], tl.float32)
-    squares = tl.zeros([PARTS, ROWS], tl.float32)
     for stage in tl.static_range(STAGES):
-        here = stage * PARTS * PART + column
         if stage + 1 < STAGES:  # on its way while this one is multiplied
-            ahead = offsets + (stage + 1) * PARTS * PART
-            inside = (here + PARTS * PART < k)[:, None, :]
-            xs = xs + (_load_total(x_ptr, residual_ptr, ahead, is_row & inside, ADD),)
-        x = xs[stage]
-        if ADD:
-            # Every program has the sum; each row of it is written by one of them.
-            written = is_row & (row % tl.num_programs(0) == tile)[None, :, None] & (here < k)[:, None, :]
-            tl.store(total_ptr + offsets + stage * PARTS * PART, x, mask=written)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=2)
-            x = (wide * gains[stage][:, None, :]).to(x.dtype)
-        products = tl.dot(x, tl.permute(held[stage], (0, 2, 1)), products, input_precision="ieee")
+            ahead = (stage + 1) * PARTS * PART
+            inside = (ahead + column < k)[:, None, :]
+            xs = xs + (tl.load(x_ptr + offsets + ahead, mask=is_row & inside, other=0.0),)
+        products = tl.dot(xs[stage], held[stage], products, input_precision="ieee")
     total = tl.trans(tl.sum(products, axis=0))
-    if NORM:
-        total *= tl.rsqrt(tl.sum(squares, axis=0) / k + eps)[None, :]
     _finish(total, tile, feature, row, bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)
 
 
