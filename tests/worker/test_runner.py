@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.attention.triton_backend import _FEW_PROGRAMS
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from worker.config import EngineConfig
@@ -15,7 +16,7 @@ from worker.messages import SamplingParams, Submit, ids_to_bytes
 from worker.runner import Runner, build_runner
 from worker.runtime import resolve
 from worker.scheduler import Scheduler, SchedulerLimits
-from worker.shapes import StepShape
+from worker.shapes import _DECODE_ROWS, StepShape
 
 MAX_LEN, BLOCK, BLOCKS, SLOTS = 128, 16, 64, 8
 
@@ -117,3 +118,8 @@ def test_shapes_take_what_fits() -> None:
     assert (decode.bounds.num_tokens, decode.bounds.max_chunk_rows) == (4, 0)
     assert (mixed.bounds.num_tokens, mixed.bounds.max_chunk_rows) == (64, 4)
     assert StepShape.mixed(4, 8, MAX_LEN).bounds.max_chunk_rows == 2  # a chunk has two tokens at least
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_a_step_and_the_graph_it_is_padded_to_are_fused_or_not_together(kv_heads: int) -> None:
+    assert _FEW_PROGRAMS // kv_heads in _DECODE_ROWS
