@@ -2,8 +2,8 @@
 
 Each kernel is captured in a CUDA graph over several sets of inputs, which together exceed the L2 cache, and timed by
 events around replays: the median, per launch. Bytes are the fewest that must move through device memory (each input
-read once, each output written once), operations those that causal attention needs; the ceilings beside them are an
-H200's, measured: 4.41 TB/s read, 799 TFLOP/s in bf16 matrix products.
+read once, each output written once), operations those that causal attention needs. The ceilings are this GPU's,
+measured first: reading memory, and the product of two large bf16 matrices.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from model.kernels.norm import add_rms_norm
 from model.kernels.rope_kv import qk_norm_rope_store
 from model.sampler import SamplingTables, sample
 
-READ_TBPS, BF16_TFLOPS = 4.41, 799.0
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (300, 1024, 8192)
 PREFILLS = ((16, 512), (4, 4096))
@@ -76,10 +75,26 @@ class Result:
     tbps: float
     tflops: float
 
-    @property
-    def ceiling(self) -> float:
+    def share_of(self, ceilings: Ceilings) -> float:
         """Share of the nearer ceiling that was reached, 0 to 1."""
-        return max(self.tbps / READ_TBPS, self.tflops / BF16_TFLOPS)
+        return max(self.tbps / ceilings.read_tbps, self.tflops / ceilings.bf16_tflops)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    read_tbps: float
+    bf16_tflops: float
+
+    @classmethod
+    def measured(cls) -> Ceilings:
+        """What this GPU reaches at best, in some two seconds."""
+        memory = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
+        num_bytes = memory.numel() * memory.itemsize
+        reading = Case(kernel="", workload="", make=lambda: memory.sum, num_bytes=num_bytes)
+        width = 8192
+        matrices = randn(width, width), randn(width, width)
+        product = Case(kernel="", workload="", make=lambda: partial(torch.mm, *matrices), num_bytes=ROTATED_BYTES)
+        return cls(read_tbps=num_bytes / time_case(reading) / 1e6, bf16_tflops=2 * width**3 / time_case(product) / 1e6)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -282,6 +297,10 @@ def main() -> int:
         print("bench.kernels: no CUDA device", file=sys.stderr)
         return 1
     torch.manual_seed(0)
+    ceilings = Ceilings.measured()
+    torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name()
+    print(f"{name}: reads {ceilings.read_tbps:.2f} TB/s, multiplies {ceilings.bf16_tflops:.0f} TFLOP/s")
     print(f"{'size':5}{'kernel':20}{'workload':30}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -289,14 +308,14 @@ def main() -> int:
             results.append(result)
             print(
                 f"{result.size:5}{result.kernel:20}{result.workload:30}{result.us:10.1f}{result.tbps:8.2f}"
-                f"{result.tflops:9.1f}{result.ceiling:9.0%}"
+                f"{result.tflops:9.1f}{result.share_of(ceilings):9.0%}"
             )
     if arguments.json:
         report = provenance("bench.kernels") | {
-            "hardware": torch.cuda.get_device_name(),
+            "hardware": name,
             "torch": torch.__version__,
             "block_size": arguments.block_size,
-            "ceilings": {"read_tbps": READ_TBPS, "bf16_tflops": BF16_TFLOPS},
+            "ceilings": asdict(ceilings),
             "results": [asdict(result) for result in results],
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

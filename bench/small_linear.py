@@ -143,7 +143,7 @@ _SMALL_TILES = ((16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4
 
 
 def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
-    """Return those that hold whole weight rows, and one or two tiles of x, in registers, and fill the GPU."""
+    """Return those that fill the GPU, and fit: whole weight rows and one or two tiles of x."""
     for warps, part in (
         (1, 256),
         (2, 256),
@@ -160,8 +160,8 @@ def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
         stages = -(-layer.k // block_k)
         for block_n in (8, 16, 32, 64):
             registers = (block_n * stages + rows * min(stages, 2)) * part // 64
-            shared = 2 * max(rows, block_n) * block_k
-            fits = stages <= 4 and stages * block_k <= 1.4 * layer.k and registers <= 128 and shared <= 128 << 10
+            shared = 2 * (block_n * stages + rows) * block_k
+            fits = stages <= 4 and stages * block_k <= 1.4 * layer.k and registers <= 128 and shared <= 200 << 10
             if fits and 100 <= layer.n // block_n <= 1600:
                 yield Tiling("held", rows, block_n, block_k, warps, stages=stages)
 
