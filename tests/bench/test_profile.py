@@ -24,6 +24,7 @@ from tests.processes import children, is_alive, until
 PROFILE = (sys.executable, "-m", "bench.profile")
 
 
+@pytest.mark.slow
 def test_ranks_draw_together_what_one_draws_alone(endless_checkpoint: Path, tmp_path: Path) -> None:
     """A follower that had not made the same steps would have given its part of other sums."""
     results = []
@@ -36,6 +37,7 @@ def test_ranks_draw_together_what_one_draws_alone(endless_checkpoint: Path, tmp_
     assert results[0]["times"]["retire"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "who", "why"),
     [(profiled_ranks.fail, 0, "the leader has enough"), (profiled_ranks.mislead, 1, "StepPlan.decode")],
@@ -50,6 +52,7 @@ def test_a_rank_that_fails_says_why_and_the_others_end(
     assert why in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_process_is_left_when_it_is_ended(number: signal.Signals, root: Path, endless_checkpoint: Path) -> None:
     """By Ctrl-C or at once, even if only the process that was started hears of it."""

@@ -24,7 +24,10 @@ from tests.model.helpers import (
 )
 
 LAYERS, BLOCK = 1, 16
-pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; test_gpu.py has a GPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; test_gpu.py has a GPU"),
+]
 
 
 def logits_of(model: Qwen3ForCausalLM) -> torch.Tensor:
