@@ -55,11 +55,9 @@ class Calls:
     def __init__(self, x: torch.Tensor, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> None:
         self._one_shot, self._group = one_shot, group
         self._places = cycle((Place.ATTENTION, Place.MLP))
-        for place in (Place.ATTENTION, Place.MLP):
-            self._in(place, x).copy_(x)
-        self._symmetric = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+        self._symmetric = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device)
         symmetric_memory.rendezvous(self._symmetric, group)
-        self._nccl, self._total = x.clone(), torch.empty_like(x)
+        self._nccl, self._total = torch.empty_like(x), torch.empty_like(x)
         self._residual, self._weight = torch.zeros_like(x), torch.ones_like(x[0])
         self.by_kind: dict[str, Call] = {
             "nccl": self._by_nccl,
@@ -71,6 +69,11 @@ class Calls:
                 self._symmetric, "sum", group.group_name, self._total
             ),
         }
+
+    def fill(self, x: torch.Tensor) -> None:
+        """Make `x` this rank's summand, wherever the kinds look for it; none of them may be running on any rank."""
+        for memory in (self._in(Place.ATTENTION, x), self._in(Place.MLP, x), self._symmetric, self._nccl):
+            memory.copy_(x)
 
     def _in(self, place: Place, x: torch.Tensor) -> torch.Tensor:
         room = self._one_shot.room(x.shape, x.dtype, place)
@@ -126,10 +129,11 @@ def measure(rows: int, width: int, one_shot: OneShotAllReduce, group: dist.Proce
     exact = x.float()
     dist.all_reduce(exact, group=group)
     us = {}
-    for kind in KINDS:
+    calls = Calls(x, one_shot, group)
+    for kind, call in calls.by_kind.items():
         torch.cuda.synchronize()
         dist.barrier()  # nobody reads the memory any more
-        call = Calls(x, one_shot, group).by_kind[kind]
+        calls.fill(x)
         torch.cuda.synchronize()
         dist.barrier()  # and all have written it
         error = (call().float() - exact).norm() / exact.norm()

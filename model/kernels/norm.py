@@ -112,6 +112,11 @@ def _rms_norm_kernel(
         x += tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(total_ptr + row + columns, x.to(dtype), mask=mask)
         x = x.to(dtype).to(tl.float32)
+    tl.store(normed_ptr + row + columns, norm_row(x, weight, eps, WIDTH, dtype), mask=mask)
+
+
+@jit
+def norm_row(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """Return weight * x / rms(x) of one row in `dtype`, rounded as `rms_norm` says. x, weight: [BLOCK] float32."""
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    normed = weight * (x * scale).to(dtype).to(tl.float32)
-    tl.store(normed_ptr + row + columns, normed.to(dtype), mask=mask)
+    return (weight * (x * scale).to(dtype).to(tl.float32)).to(dtype)

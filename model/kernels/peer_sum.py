@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.norm import norm_row
 from model.kernels.runtime import jit, tl, triton
 
 
@@ -152,7 +153,5 @@ def _peer_sum_kernel(
     if NORM:
         out = (out.to(tl.float32) + residual).to(dtype)
         tl.store(total_ptr + places, out, mask=mask)
-        wide = out.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
-        out = (weight * (wide * scale).to(dtype).to(tl.float32)).to(dtype)
+        out = norm_row(out.to(tl.float32), weight, eps, WIDTH, dtype)
     tl.store(out_ptr + places, out, mask=mask)

@@ -116,12 +116,13 @@ def small_linear_triton(
         out = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
     # A pointer that nothing is read through stands for what is not given.
+    bias_or_x = x if bias is None else bias
     pointers = (
         x,
         x if residual is None else residual,
         x if norm is None else norm,
         weight,
-        x if bias is None else bias,
+        bias_or_x,
         out,
         total,
     )
@@ -155,7 +156,7 @@ def small_linear_triton(
         _held_kernel[(tiles,)](
             x,
             weight,
-            pointers[4],
+            bias_or_x,
             out,
             rows,
             n,

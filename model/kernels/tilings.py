@@ -116,7 +116,7 @@ def _fma_tiling(work: Work) -> Tiling:
 
 
 def _held_tiling(work: Work) -> Tiling:
-    """Hold some 16 KiB a warp; take as few columns at a time as the warps need, so that x arrives in pieces."""
+    """Hold up to 12 KiB a warp; take as few columns at a time as the warps need, so that x arrives in pieces."""
     block_n = 16 if work.n >= 4096 else 8
     warps = 4 if block_n * work.k <= 16384 else 8
     block_k = 512 if work.k <= 1024 else 1024

@@ -122,6 +122,19 @@ def plan_of(
     )
 
 
+def backend_for(batch: Batch) -> TritonAttention:
+    _, block_size, kv_heads, head_dim = batch.key_cache.shape
+    return TritonAttention(
+        num_heads=batch.q.shape[1],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=batch.scale,
+        block_size=block_size,
+        device=batch.q.device,
+        dtype=batch.q.dtype,
+    )
+
+
 def attend(batch: Batch, plan: AttentionPlan | None = None) -> torch.Tensor:
     """By the kernels, into an output that is poisoned first."""
     out = torch.full_like(batch.q, torch.nan)
@@ -311,15 +324,7 @@ def test_prefill_by_descriptors(triton_device: torch.device, without: str, monke
 def test_backend_mixes_decode_and_prefill(triton_device: torch.device, decodes: int) -> None:
     rows = [(1, 40), (1, 0), (1, 7), (1, 65), *([(20, 33), (3, 3)] if decodes < 4 else [])]
     batch = make_batch(rows, device=triton_device)
-    backend = TritonAttention(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        scale=batch.scale,
-        block_size=16,
-        device=triton_device,
-        dtype=torch.float32,
-    )
+    backend = backend_for(batch)
     inputs = batch.step_inputs(decodes)
     inputs.attention_plan = backend.plan(inputs)
     check(backend.forward(batch.q, batch.key_cache, batch.value_cache, inputs), batch)

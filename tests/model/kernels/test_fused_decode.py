@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from model.attention import triton_backend
-from model.attention.triton_backend import TritonAttention
 from model.kernels.attention import SPLITTING, AttentionPlan, Splitting, paged_attention_torch, paged_decode_triton
 from model.kernels.rope_kv import Projected, qk_norm_rope_store_torch
 from tests.model.kernels.comparing import ON_GPU, TOLERANCE, relative_error
-from tests.model.kernels.test_attention import Batch, make_batch, plan_of
+from tests.model.kernels.test_attention import Batch, backend_for, make_batch, plan_of
 
 MAX_POSITIONS = 1200
 EPS = 1e-6
@@ -132,15 +131,7 @@ def test_which_steps_are_fused(
     projected = make_projected(batch)
     forget_newest(batch)
     inputs = batch.step_inputs(num_decode_rows=decodes)
-    backend = TritonAttention(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        scale=batch.scale,
-        block_size=16,
-        device=triton_device,
-        dtype=torch.float32,
-    )
+    backend = backend_for(batch)
     inputs.attention_plan = backend.plan(inputs)
     assert isinstance(inputs.attention_plan, AttentionPlan)
     caches = (batch.key_cache, batch.value_cache)
