@@ -2,9 +2,9 @@
 
 A process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
 step: the wall time, what the host spends on planning, launching and retiring, and, from a second pass under PyTorch's
-profiler, how long the device is busy with each group of kernels and how long it idles. `--prefill` takes whole prompts
-of so many tokens instead, one step each. Dependent launches begin while others run and count from then on: groups then
-add up to more than the device is busy (LIGHTQWEN_WITHOUT=pdl keeps launches apart).
+profiler, how long the device is busy with each group of kernels, and how long it idles between which of them.
+`--prefill` takes whole prompts of so many tokens instead, one step each. Dependent launches begin while others run and
+count from then on: groups then add up to more than the device is busy (LIGHTQWEN_WITHOUT=pdl keeps launches apart).
 
 With `--tensor-parallel-size N` that process is the leader of N ranks, each on a GPU of its own, which join and follow
 its plans as a server's do. Every figure is the leader's: sending a plan counts as launching, and waiting for another
@@ -19,7 +19,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class Profile:
     busy: float
     groups: dict[str, float]
     kernels: dict[str, tuple[float, float]]  # name: launches and microseconds per step
+    gaps: dict[str, float]  # between which kernels the device idles: microseconds per step
 
     def lines(self) -> Iterator[str]:
         host = self.plan + self.launch + self.retire
@@ -87,6 +88,8 @@ class Profile:
             yield f"    {name:18s} {us:9.1f} us {100 * us / self.busy:5.1f} %"
         for name, (count, us) in sorted(self.kernels.items(), key=lambda item: -item[1][1])[:12]:
             yield f"        {us:9.1f} us  {count:6.1f} x {us / count:8.2f}  {name[:90]}"
+        for where, us in sorted(self.gaps.items(), key=lambda item: -item[1])[:4]:
+            yield f"    idle {us:6.1f} us  {where}"
 
 
 class Engine:
@@ -259,7 +262,8 @@ def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Call
     steps = run()
     torch.cuda.synchronize()
     wall = (time.perf_counter() - began) / steps * 1e6
-    host = {name: statistics.median(values) * 1e6 for name, values in engine.times.items()}
+    # Of all turns, since a step may take several: one that launches it, one that waits for it.
+    host = {name: sum(values) / steps * 1e6 for name, values in engine.times.items()}
     start()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -270,7 +274,8 @@ def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Call
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             kernels[event.name].append(event.time_range.elapsed_us())
-            spans.append((event.time_range.start, event.time_range.end))
+            spans.append(Span(event.time_range.start, event.time_range.end, event.name))
+    busy, gaps = _busy_and_idle(spans)
     groups: dict[str, float] = defaultdict(float)
     for name, durations in kernels.items():
         groups[group_of(name)] += sum(durations) / steps
@@ -281,9 +286,10 @@ def _measure(engine: Engine, workload: str, start: Callable[[], None], run: Call
         plan=host.get("plan", 0.0),
         launch=host.get("launch", 0.0),
         retire=host.get("retire", 0.0),
-        busy=_union(spans) / steps,
+        busy=busy / steps,
         groups=dict(groups),
         kernels={name: (len(durations) / steps, sum(durations) / steps) for name, durations in kernels.items()},
+        gaps={where: us / steps for where, us in gaps.items()},
     )
 
 
@@ -292,13 +298,24 @@ def group_of(kernel: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, kernel)), "torch")
 
 
-def _union(spans: list[tuple[float, float]]) -> float:
-    """How long at least one kernel ran."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
+class Span(NamedTuple):
+    """When a kernel ran, in microseconds."""
+
+    begin: float
+    end: float
+    kernel: str
+
+
+def _busy_and_idle(spans: list[Span]) -> tuple[float, dict[str, float]]:
+    """How long at least one kernel ran, and how long none did, by the kernels before and after; microseconds."""
+    busy, last = 0.0, Span(float("-inf"), float("-inf"), "")
+    gaps: dict[str, float] = defaultdict(float)
+    for span in sorted(spans):
+        if last.kernel and span.begin > last.end:
+            gaps[f"{last.kernel[:40]} -> {span.kernel[:40]}"] += span.begin - last.end
+        busy += max(0.0, span.end - max(span.begin, last.end))
+        last = max(last, span, key=lambda one: one.end)
+    return busy, gaps
 
 
 def report(arguments: argparse.Namespace, tensor_parallel_size: int, engine: Engine) -> None:

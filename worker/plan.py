@@ -6,7 +6,7 @@ installation; `VERSION` catches the case that they do not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -74,14 +74,14 @@ class StepPlan:
     block_updates: np.ndarray  # [updates, 3] int32: slot, index in its block table, block
     admissions: np.ndarray  # [admissions] ADMISSION
     admitted_ids: np.ndarray  # [sum of num_ids] int32
+    num_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = int(self.query_lens.sum())  # once: the runner asks for it of each graph that may fit
 
     @property
     def num_rows(self) -> int:
         return len(self.slots)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.query_lens.sum())
 
     @property
     def bounds(self) -> StepBounds:

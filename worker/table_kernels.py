@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.kernels.runtime import jit_once, tl, triton
+from model.kernels.runtime import constexpr, jit_once, tl, triton
 from worker.plan import ADMISSION
 
 if TYPE_CHECKING:
@@ -22,8 +22,26 @@ if TYPE_CHECKING:
 _UPDATES = 256  # block updates of one program
 _WIDTH = 1024  # tokens that a program copies at a time
 
-_WORD = {name: field[1] // 4 for name, field in (ADMISSION.fields or {}).items()}
-"""Where each field of an ADMISSION begins, in words of four bytes."""
+# Where each field of an ADMISSION begins, in words of four bytes. (As arguments of the kernel, each would make a launch
+# take a microsecond longer.)
+(
+    _SLOT,
+    _NUM_IDS,
+    _NUM_PROMPT,
+    _NUM_CACHED,
+    _MAX_LENGTH,
+    _MIN_LENGTH,
+    _TOP_K,
+    _PENALIZES,
+    _SEED,
+    _TEMPERATURE,
+    _TOP_P,
+    _MIN_P,
+    _PRESENCE,
+    _FREQUENCY,
+    _REPETITION,
+    _STOPS,
+) = (constexpr(ADMISSION.fields[name][1] // 4) for name in ADMISSION.names or () if ADMISSION.fields)
 
 
 def enter_blocks_triton(state: SlotState, updates: torch.Tensor) -> None:
@@ -65,22 +83,6 @@ def admit_triton(state: SlotState, records: torch.Tensor, ids: torch.Tensor) -> 
         STOP_BLOCK=triton.next_power_of_2(sampling.stop_ids.shape[1]),
         RECORDS=max(256, triton.next_power_of_2(count)),
         WIDTH=_WIDTH,
-        SLOT=_WORD["slot"],
-        NUM_IDS=_WORD["num_ids"],
-        NUM_PROMPT=_WORD["num_prompt"],
-        NUM_CACHED=_WORD["num_cached"],
-        MAX_LENGTH=_WORD["max_length"],
-        MIN_LENGTH=_WORD["min_length"],
-        TOP_K=_WORD["top_k"],
-        PENALIZES=_WORD["penalizes"],
-        SEED=_WORD["seed"],
-        TEMPERATURE=_WORD["temperature"],
-        TOP_P=_WORD["top_p"],
-        MIN_P=_WORD["min_p"],
-        PRESENCE=_WORD["presence"],
-        FREQUENCY=_WORD["frequency"],
-        REPETITION=_WORD["repetition"],
-        STOPS=_WORD["stop_ids"],
         num_warps=4,
     )
 
@@ -205,58 +207,42 @@ def _admit_kernel(
     STOP_BLOCK: tl.constexpr,
     RECORDS: tl.constexpr,
     WIDTH: tl.constexpr,
-    SLOT: tl.constexpr,
-    NUM_IDS: tl.constexpr,
-    NUM_PROMPT: tl.constexpr,
-    NUM_CACHED: tl.constexpr,
-    MAX_LENGTH: tl.constexpr,
-    MIN_LENGTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PENALIZES: tl.constexpr,
-    SEED: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TOP_P: tl.constexpr,
-    MIN_P: tl.constexpr,
-    PRESENCE: tl.constexpr,
-    FREQUENCY: tl.constexpr,
-    REPETITION: tl.constexpr,
-    STOPS: tl.constexpr,
 ):
     """One program: one record."""
     number = tl.program_id(0)
     record = records_ptr + number * WORDS
-    slot = tl.load(record + SLOT).to(tl.int64)
-    num_ids = tl.load(record + NUM_IDS)
-    num_prompt = tl.load(record + NUM_PROMPT)
-    tl.store(computed_ptr + slot, tl.load(record + NUM_CACHED))
+    slot = tl.load(record + _SLOT).to(tl.int64)
+    num_ids = tl.load(record + _NUM_IDS)
+    num_prompt = tl.load(record + _NUM_PROMPT)
+    tl.store(computed_ptr + slot, tl.load(record + _NUM_CACHED))
     tl.store(length_ptr + slot, num_ids)
-    tl.store(max_length_ptr + slot, tl.load(record + MAX_LENGTH))
-    tl.store(min_length_ptr + slot, tl.load(record + MIN_LENGTH))
-    tl.store(top_k_ptr + slot, tl.load(record + TOP_K))
-    tl.store(temperature_ptr + slot, tl.load(record + TEMPERATURE).to(tl.float32, bitcast=True))
-    tl.store(top_p_ptr + slot, tl.load(record + TOP_P).to(tl.float32, bitcast=True))
-    tl.store(min_p_ptr + slot, tl.load(record + MIN_P).to(tl.float32, bitcast=True))
-    tl.store(presence_ptr + slot, tl.load(record + PRESENCE).to(tl.float32, bitcast=True))
-    tl.store(frequency_ptr + slot, tl.load(record + FREQUENCY).to(tl.float32, bitcast=True))
-    tl.store(repetition_ptr + slot, tl.load(record + REPETITION).to(tl.float32, bitcast=True))
-    low = tl.load(record + SEED).to(tl.uint32, bitcast=True).to(tl.int64)
-    high = tl.load(record + SEED + 1).to(tl.int64)
+    tl.store(max_length_ptr + slot, tl.load(record + _MAX_LENGTH))
+    tl.store(min_length_ptr + slot, tl.load(record + _MIN_LENGTH))
+    tl.store(top_k_ptr + slot, tl.load(record + _TOP_K))
+    tl.store(temperature_ptr + slot, tl.load(record + _TEMPERATURE).to(tl.float32, bitcast=True))
+    tl.store(top_p_ptr + slot, tl.load(record + _TOP_P).to(tl.float32, bitcast=True))
+    tl.store(min_p_ptr + slot, tl.load(record + _MIN_P).to(tl.float32, bitcast=True))
+    tl.store(presence_ptr + slot, tl.load(record + _PRESENCE).to(tl.float32, bitcast=True))
+    tl.store(frequency_ptr + slot, tl.load(record + _FREQUENCY).to(tl.float32, bitcast=True))
+    tl.store(repetition_ptr + slot, tl.load(record + _REPETITION).to(tl.float32, bitcast=True))
+    low = tl.load(record + _SEED).to(tl.uint32, bitcast=True).to(tl.int64)
+    high = tl.load(record + _SEED + 1).to(tl.int64)
     tl.store(seed_ptr + slot, (high << 32) | low)
     stop = tl.arange(0, STOP_BLOCK)
     stop_mask = stop < STOP_IDS
     tl.store(
-        stop_ids_ptr + slot * STOP_IDS + stop, tl.load(record + STOPS + stop, mask=stop_mask, other=-1), mask=stop_mask
+        stop_ids_ptr + slot * STOP_IDS + stop, tl.load(record + _STOPS + stop, mask=stop_mask, other=-1), mask=stop_mask
     )
 
     other = tl.arange(0, RECORDS)
     earlier = (other < number) & (other < count)
-    first_id = tl.sum(tl.load(records_ptr + other * WORDS + NUM_IDS, mask=earlier, other=0).to(tl.int64), axis=0)
+    first_id = tl.sum(tl.load(records_ptr + other * WORDS + _NUM_IDS, mask=earlier, other=0).to(tl.int64), axis=0)
     place = tl.arange(0, WIDTH)
     for begin in range(0, num_ids, WIDTH):
         mask = begin + place < num_ids
         token = tl.load(ids_ptr + first_id + begin + place, mask=mask, other=0)
         tl.store(tokens_ptr + slot * max_model_len + begin + place, token, mask=mask)
-    if tl.load(record + PENALIZES) != 0:
+    if tl.load(record + _PENALIZES) != 0:
         counts = counts_ptr + slot * vocab_size
         for begin in range(0, vocab_size, WIDTH):
             tl.store(counts + begin + place, tl.zeros([WIDTH], tl.int32), mask=begin + place < vocab_size)

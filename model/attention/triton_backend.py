@@ -15,7 +15,8 @@ from model.kernels.runtime import wanted
 _FEW_PROGRAMS = 256
 """So many rows times KV heads are decoded in one launch with the norms and RoPE: nearly two for each of a Hopper's 132
 multiprocessors. With more, programs come one after the other, and each would make the next wait for its queries. With a
-power of two, a step and the graph that it is padded to are on the same side."""
+power of two, a step and the graph that it is padded to are on the same side. A lone row is left out: it is split among
+many programs, each of which would norm and rotate the same."""
 
 
 class TritonAttention:
@@ -75,7 +76,7 @@ class TritonAttention:
         self, projected: Projected, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor | None:
         """Return what `forward` does, for steps of few rows of one query; see `AttentionBackend`."""
-        few = inputs.num_rows * self._num_kv_heads <= _FEW_PROGRAMS
+        few = inputs.num_rows > 1 and inputs.num_rows * self._num_kv_heads <= _FEW_PROGRAMS
         if not few or inputs.num_decode_rows < inputs.num_rows or not wanted("fused_decode"):
             return None
         return paged_decode_triton(

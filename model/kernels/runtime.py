@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-__all__ = ["is_hopper", "jit", "jit_once", "tl", "triton", "unwanted", "use_triton", "wanted"]
+__all__ = ["constexpr", "is_hopper", "jit", "jit_once", "tl", "triton", "unwanted", "use_triton", "wanted"]
 
 DISPENSABLE = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors", "fused_decode")
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
@@ -78,6 +78,11 @@ def jit_once(*varying: str) -> Callable[[Callable[..., Any]], Any]:
         return triton.jit(function, do_not_specialize=varying, do_not_specialize_on_alignment=varying)
 
     return wrap
+
+
+def constexpr(value: int) -> Any:
+    """Return a module's constant in the form in which kernels may read it."""
+    return value if triton is None else tl.constexpr(value)
 
 
 def use_triton(x: torch.Tensor) -> bool:

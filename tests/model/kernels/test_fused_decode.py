@@ -116,7 +116,8 @@ def test_rows_of_several_queries_are_refused(triton_device: torch.device) -> Non
 
 
 @pytest.mark.parametrize(
-    ("rows", "decodes", "without", "fused"), [(3, 3, "", True), (3, 2, "", False), (3, 3, "fused_decode", False)]
+    ("rows", "decodes", "without", "fused"),
+    [(3, 3, "", True), (2, 2, "", True), (1, 1, "", False), (3, 2, "", False), (3, 3, "fused_decode", False)],
 )
 def test_which_steps_are_fused(
     triton_device: torch.device,
