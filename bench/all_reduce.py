@@ -3,9 +3,9 @@
 NCCL against our own kernel (`model/one_shot.py`), in one shot and in two, with the residual addition and the norm that
 a layer has behind it (for NCCL, in a kernel of their own) and, but for two shots, without; and PyTorch's one-shot and
 two-shot kernels. Each is captured in a CUDA graph, many calls in a row, and timed by events around replays: the median
-per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width, from how many
-rows on which of them is the fastest with norm. (What NCCL and PyTorch's two-shot kernel sum in place grows until it
-overflows, which takes them no longer.)
+per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width, from how
+many rows on which of them is the fastest with norm. (What NCCL and PyTorch's two-shot kernel sum in place grows until
+it overflows, which takes them no longer.)
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def test_too_few_gpus_are_told(root: Path) -> None:
 
 @pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
 def test_sums_are_right_and_go_when_they_are_done(tmp_path: Path) -> None:
-    """What is left to the collector of cycles it may free while a graph is being captured, when nothing may be freed."""
+    """What is left to the collector of cycles may go while a graph is being captured, when nothing may be freed."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     gc.disable()
     try:
