@@ -27,8 +27,8 @@ from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_no
 MAX_PEER_BYTES = 1 << 20
 """What a rank reads from all others in one shot at most. Larger tensors are summed in two.
 
-Measured with two ranks only, on H100s, with PyTorch's kernels in the place of this one: one shot takes 1 us less at
-1 MiB, and half a us more at 1.25 MiB. With more ranks a rank reads more for the same tensor in one shot, and hardly
+Measured with two ranks only, on H100s, and with PyTorch's kernels in the place of ours, where one shot takes 1 us less
+at 1 MiB, and half a us more at 1.25 MiB. With more ranks a rank reads more for the same tensor in one shot, and hardly
 more in two; that they take smaller tensors in one is reckoned from that. `python -m bench.all_reduce` measures it.
 """
 
@@ -36,7 +36,7 @@ MAX_TWO_SHOT_BYTES = 20 << 20
 """The largest summand of a rank that is added up in two shots: 2,048 rows of 5,120 in 16 bits. The rest is NCCL's.
 
 Where NCCL would be faster is not known. Up to 5 MiB, the largest that was measured (two H100s), PyTorch's two-shot
-kernel wins, by 12 us there. This bound is on the memory, of which twice as much is allocated.
+kernel wins, by 13 us there. This bound is on the memory, of which twice as much is allocated.
 """
 
 MAX_PROGRAMS = 8192
@@ -111,7 +111,7 @@ class OneShotAllReduce:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ModelError(
-                f"{device} cannot share memory with other GPUs for small all-reduces: {reason}; "
+                f"{device} cannot share memory with other GPUs for all-reduces: {reason}; "
                 "set LIGHTQWEN_WITHOUT=symmetric_memory to leave them to NCCL"
             ) from error
         self._flags.zero_()
@@ -126,7 +126,7 @@ class OneShotAllReduce:
             if views[rank].data_ptr() != tensor.data_ptr():
                 raise ModelError(
                     f"PyTorch {torch.__version__} puts shared memory where this version does not look for it; "
-                    "set LIGHTQWEN_WITHOUT=symmetric_memory to leave small all-reduces to NCCL"
+                    "set LIGHTQWEN_WITHOUT=symmetric_memory to leave all-reduces to NCCL"
                 )
         memories, all_flags = (
             torch.tensor([view.data_ptr() for view in views], device=device) for views in self._views
