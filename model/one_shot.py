@@ -93,6 +93,8 @@ class OneShotAllReduce:
     matters, since in two shots a rank has only its own rows of the residual stream, and results lie in shared memory:
     what is launched after the next sum does not find them any more. (`sum_add_rms_norm` may be given such a residual.)
 
+    It must not go while a CUDA graph is being captured: its memory cannot be freed then, and PyTorch ends the process.
+
     Raises:
         ModelError: the memory cannot be shared; it names the way to do without.
     """
@@ -138,7 +140,8 @@ class OneShotAllReduce:
             return _Way(summand, Peers(rank, addresses(summand), all_flags, meetings, outputs))
 
         def addresses(part: torch.Tensor) -> torch.Tensor:
-            return memories + (part.data_ptr() - self._memory.data_ptr())
+            offset = int(part.storage_offset() - self._memory.storage_offset())
+            return memories + offset * dtype.itemsize
 
         self._one_shot = [way(place) for place in places]
         self._two_shots = way(summand, Outputs(output, addresses(output)))

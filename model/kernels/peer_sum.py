@@ -23,11 +23,10 @@ were launched before on that rank have ended; and a sum ends after its meetings.
   ended this one. So sums that follow one another must use different memory (`model.one_shot` sees to that), whatever
   kind the later one is.
 - A summand of two shots: once its sum has ended here, since the others come to the second meeting when they have read.
-- What two shots have put out: others write there only between the meetings of a later sum of two shots, and come to the
-  first of them only if this rank has begun that sum, and has therefore ended all that it launched before it. So one
-  memory serves all sums, and each finds in it what it likes until this rank's next one. That next one may have its
-  residual there: the residual of a row is read, and the result of a row written to the memory of its owner, by one and
-  the same program, in this order.
+- What two shots have put out: others write there only between the meetings of a later sum of two shots, and pass the
+  first of them only if this rank has come to it too, and has therefore ended all that it launched before. So one memory
+  serves all sums, and a result is there until this rank's next sum of two shots. That one may even have its residual
+  there: one and the same program reads a row of it and then writes the row's result to the owner's memory.
 
 A rank may be one meeting ahead of another, but not two, since the next one needs both. So flags are waited for to reach
 a number, or to have passed it. Sums of both kinds and of any number of rows may follow one another, as long as they do

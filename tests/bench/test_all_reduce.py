@@ -53,6 +53,9 @@ def test_sums_are_right_and_go_when_they_are_done(tmp_path: Path) -> None:
             gone = weakref.ref(sums)
             del sums
             assert gone() is None
+        gone_memory = weakref.ref(memory.two_shot)
+        del memory
+        assert gone_memory() is None
     finally:
         gc.enable()
         torch.distributed.destroy_process_group()
