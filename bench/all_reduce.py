@@ -1,10 +1,11 @@
 """How long an all-reduce takes on the GPUs of one machine: `python -m bench.all_reduce --json out.json`.
 
-NCCL against the one-shot kernel (`model/one_shot.py`), each alone and with the residual addition and the norm that a
-layer has behind it (for NCCL, in a kernel of their own); and PyTorch's one-shot and two-shot kernels. Each is captured
-in a CUDA graph, many calls in a row, and timed by events around replays: the median per call, on the slowest rank.
-Results are checked once, outside of the timing. Last comes, for each width, up to how many rows the one-shot kernel is
-faster than NCCL. (What NCCL and two-shot sum in place grows until it overflows, which takes them no longer.)
+NCCL against our own kernel (`model/one_shot.py`), in one shot and in two, with the residual addition and the norm that
+a layer has behind it (for NCCL, in a kernel of their own) and, but for two shots, without; and PyTorch's one-shot and
+two-shot kernels. Each is captured in a CUDA graph, many calls in a row, and timed by events around replays: the median
+per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width, from how
+many rows on which of them is the fastest with norm. (What NCCL and PyTorch's two-shot kernel sum in place grows until
+it overflows, which takes them no longer.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from functools import partial
+from itertools import cycle, groupby
 from pathlib import Path
 
 import torch
@@ -25,14 +27,15 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from bench.provenance import json_file, provenance
-from model.kernels.norm import add_rms_norm
-from model.one_shot import MAX_PEER_BYTES, OneShotAllReduce, Place, obstacle
+from model.kernels.norm import add_rms_norm, rms_norm_torch
+from model.one_shot import Limits, OneShotAllReduce, Place, obstacle
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-WIDTHS = (1024, 4096, 5120)  # hidden sizes of 0.6B, 8B, 14B and 32B
+ROWS = (1, 8, 64, 128, 256, 512, 1024, 2048)
+WIDTHS = (4096, 5120)  # hidden sizes of 8B, and of 14B and 32B
 DTYPE = torch.bfloat16
 CALLS, REPLAYS = 50, 20
-KINDS = ("nccl", "one_shot", "nccl, norm", "one_shot, norm", "torch one_shot", "torch two_shot")
+WITH_NORM = ("nccl, norm", "one_shot, norm", "two_shot, norm")
+KINDS = ("nccl", "one_shot", *WITH_NORM, "torch one_shot", "torch two_shot")
 EPS = 1e-6
 
 Call = Callable[[], torch.Tensor]
@@ -49,57 +52,71 @@ class Result:
         return self.rows * self.width * DTYPE.itemsize
 
 
-class Calls:
-    """What sums [rows, width], by KINDS; with a norm, the sum is the second result."""
+class Memory:
+    """What is shared between the ranks: made once, for the largest size.
 
-    def __init__(self, x: torch.Tensor, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> None:
-        self._one_shot, self._group = one_shot, group
+    To free such memory is not allowed while a graph is being captured. So it must live longer than all of them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, numel: int, device: torch.device) -> None:
+        self.group = group
+        self.one_shot = OneShotAllReduce(group, Limits(numel, 0), dtype=DTYPE, device=device)
+        self.two_shot = OneShotAllReduce(group, Limits(0, numel), dtype=DTYPE, device=device)
+        self.torchs = symmetric_memory.empty((numel,), dtype=DTYPE, device=device)
+        symmetric_memory.rendezvous(self.torchs, group)
+
+
+class Sums:
+    """Sums of [rows, width] by all of KINDS; with a norm, of the results it is the normed one."""
+
+    def __init__(self, x: torch.Tensor, memory: Memory) -> None:
+        self._memory = memory
         self._places = cycle((Place.ATTENTION, Place.MLP))
-        self._symmetric = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device)
-        symmetric_memory.rendezvous(self._symmetric, group)
-        self._nccl, self._total = torch.empty_like(x), torch.empty_like(x)
+        self._torchs = memory.torchs[: x.numel()].view(x.shape)
+        self._nccl, self._out = torch.empty_like(x), torch.empty_like(x)
         self._residual, self._weight = torch.zeros_like(x), torch.ones_like(x[0])
-        self.by_kind: dict[str, Call] = {
-            "nccl": self._by_nccl,
-            "one_shot": self._in_one_shot,
-            "nccl, norm": self._by_nccl_with_norm,
-            "one_shot, norm": self._in_one_shot_with_norm,
-            "torch one_shot": lambda: torch.ops.symm_mem.one_shot_all_reduce(self._symmetric, "sum", group.group_name),
-            "torch two_shot": lambda: torch.ops.symm_mem.two_shot_all_reduce_out(
-                self._symmetric, "sum", group.group_name, self._total
-            ),
-        }
 
     def fill(self, x: torch.Tensor) -> None:
         """Make `x` this rank's summand, wherever the kinds look for it; none of them may be running on any rank."""
-        for memory in (self._in(Place.ATTENTION, x), self._in(Place.MLP, x), self._symmetric, self._nccl):
-            memory.copy_(x)
+        ours = (self._room(kind, place) for kind in (self._memory.one_shot, self._memory.two_shot) for place in Place)
+        for summand in (*ours, self._torchs, self._nccl):
+            summand.copy_(x)
 
-    def _in(self, place: Place, x: torch.Tensor) -> torch.Tensor:
-        room = self._one_shot.room(x.shape, x.dtype, place)
+    def make(self, kind: str) -> torch.Tensor:
+        group = self._memory.group
+        match kind:
+            case "nccl":
+                dist.all_reduce(self._nccl, group=group)
+                return self._nccl
+            case "one_shot":
+                place = next(self._places)
+                out = self._memory.one_shot.sum(self._room(self._memory.one_shot, place), place)
+                assert out is not None
+                return out
+            case "nccl, norm":
+                dist.all_reduce(self._nccl, group=group)
+                return add_rms_norm(self._nccl, self._residual, self._weight, EPS)[0]
+            case "one_shot, norm":
+                return self._with_norm(self._memory.one_shot)
+            case "two_shot, norm":
+                return self._with_norm(self._memory.two_shot)
+            case "torch one_shot":
+                return torch.ops.symm_mem.one_shot_all_reduce(self._torchs, "sum", group.group_name)
+            case "torch two_shot":
+                return torch.ops.symm_mem.two_shot_all_reduce_out(self._torchs, "sum", group.group_name, self._out)
+        raise AssertionError(f"there is no kind {kind}")
+
+    def _with_norm(self, all_reduce: OneShotAllReduce) -> torch.Tensor:
+        place = next(self._places)
+        summand = self._room(all_reduce, place)
+        done = all_reduce.sum_add_rms_norm(summand, place, self._residual, self._weight, EPS)
+        assert done is not None
+        return done[0]
+
+    def _room(self, all_reduce: OneShotAllReduce, place: Place) -> torch.Tensor:
+        room = all_reduce.room(self._nccl.shape, DTYPE, place)
         assert room is not None
         return room
-
-    def _by_nccl(self) -> torch.Tensor:
-        dist.all_reduce(self._nccl, group=self._group)
-        return self._nccl
-
-    def _by_nccl_with_norm(self) -> torch.Tensor:
-        dist.all_reduce(self._nccl, group=self._group)
-        return add_rms_norm(self._nccl, self._residual, self._weight, EPS)[1]
-
-    def _in_one_shot(self) -> torch.Tensor:
-        place = next(self._places)
-        out = self._one_shot.sum(self._in(place, self._total), place)
-        assert out is not None
-        return out
-
-    def _in_one_shot_with_norm(self) -> torch.Tensor:
-        place = next(self._places)
-        summand = self._in(place, self._total)
-        out = self._one_shot.sum_add_rms_norm(summand, place, self._residual, self._weight, EPS)
-        assert out is not None
-        return out[1]
 
 
 def time_call(call: Call) -> float:
@@ -123,23 +140,25 @@ def time_call(call: Call) -> float:
     return slowest.item()
 
 
-def measure(rows: int, width: int, one_shot: OneShotAllReduce, group: dist.ProcessGroup) -> Result:
+def measure(rows: int, width: int, memory: Memory) -> Result:
     """Check and time every kind of sum of [rows, width]."""
     x = torch.randn(rows, width, device="cuda").to(DTYPE)
     exact = x.float()
-    dist.all_reduce(exact, group=group)
+    dist.all_reduce(exact, group=memory.group)
+    normed = rms_norm_torch(exact, torch.ones_like(exact[0]), EPS)
     us = {}
-    calls = Calls(x, one_shot, group)
-    for kind, call in calls.by_kind.items():
+    sums = Sums(x, memory)
+    for kind in KINDS:
         torch.cuda.synchronize()
         dist.barrier()  # nobody reads the memory any more
-        calls.fill(x)
+        sums.fill(x)
         torch.cuda.synchronize()
         dist.barrier()  # and all have written it
-        error = (call().float() - exact).norm() / exact.norm()
+        expected = normed if kind in WITH_NORM else exact
+        error = (sums.make(kind).float() - expected).norm() / expected.norm()
         if not error <= 1e-2:
             raise RuntimeError(f"{kind} of {rows} x {width} is wrong by {error:.1e}")
-        us[kind] = time_call(call)
+        us[kind] = time_call(partial(sums.make, kind))
     return Result(rows, width, us)
 
 
@@ -154,14 +173,14 @@ def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths:
         raise RuntimeError(reason)
     group = dist.group.WORLD
     assert group is not None
-    one_shot = OneShotAllReduce(group, numel=max(rows) * max(widths), dtype=DTYPE, device=device)
+    memory = Memory(group, numel=max(rows) * max(widths), device=device)
     results = []
     if rank == 0:
         print(f"{torch.cuda.get_device_name()} x {size}, torch {torch.__version__}, {DTYPE}; us per call")
         print(f"{'rows':>5} {'width':>6} {'KiB':>6} " + " ".join(f"{kind:>14}" for kind in KINDS), flush=True)
     for width in widths:
         for count in rows:
-            result = measure(count, width, one_shot, group)
+            result = measure(count, width, memory)
             results.append(result)
             if rank == 0:
                 times = " ".join(f"{result.us[kind]:14.1f}" for kind in KINDS)
@@ -178,17 +197,15 @@ def run_rank(rank: int, size: int, rendezvous: str, rows: Sequence[int], widths:
 
 
 def crossover(results: Sequence[Result], size: int) -> str:
-    """Say up to which number of rows the one-shot kernel wins, norm included. `results` are of one width, by rows."""
-    won = 0
-    while won < len(results) and results[won].us["one_shot, norm"] <= results[won].us["nccl, norm"]:
-        won += 1
-    width = results[0].width
-    limit = f"MAX_PEER_BYTES allows {MAX_PEER_BYTES // (size - 1) // (width * DTYPE.itemsize)} rows"
-    if not won:
-        return f"width {width}: NCCL is faster from {results[0].rows} rows on; {limit}"
-    last = results[won - 1]
-    read = last.num_bytes * (size - 1)
-    return f"width {width}: one-shot is faster up to {last.rows} rows ({read} bytes from all peers); {limit}"
+    """Say which sum with norm is the fastest from how many rows on, and which is used.
+
+    `results` are of one width, by rows.
+    """
+    fastest = groupby(results, key=lambda result: min(WITH_NORM, key=lambda kind: result.us[kind]))
+    wins = ", ".join(f"{kind.removesuffix(', norm')} from {next(same).rows} on" for kind, same in fastest)
+    width, limits = results[0].width, Limits.of(size, DTYPE)
+    used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {limits.two_shots // width}"
+    return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond"
 
 
 def build_parser() -> argparse.ArgumentParser:

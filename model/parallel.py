@@ -18,7 +18,7 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class TensorParallel:
     """This rank's place among `size` ranks. `group` is None exactly when size is 1 (nothing to talk to).
 
-    `one_shot`, where all ranks have it, sums small tensors faster than the group does.
+    `one_shot`, where all ranks have it, sums all but very large tensors faster than the group does.
     """
 
     rank: int = 0
@@ -35,7 +35,10 @@ class TensorParallel:
         return None if self.one_shot is None else self.one_shot.room(shape, dtype, place)
 
     def all_reduce(self, x: torch.Tensor, place: Place) -> torch.Tensor:
-        """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up."""
+        """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up.
+
+        It is there until the next sum, which may have it as the residual.
+        """
         if self.group is None:
             return x
         if self.one_shot is not None and (total := self.one_shot.sum(x, place)) is not None:
@@ -46,7 +49,11 @@ class TensorParallel:
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, place: Place, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up."""
+        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up.
+
+        The normed rows are the same bits on every rank, and there until the next sum. The second result is good for one
+        thing only, being the residual of the next sum of this shape: of large tensors, each rank has a part of it.
+        """
         if self.one_shot is not None:
             done = self.one_shot.sum_add_rms_norm(x, place, residual, weight, eps)
             if done is not None:

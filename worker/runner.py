@@ -20,7 +20,7 @@ from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
-from model.one_shot import OneShotAllReduce, largest_numel, obstacle
+from model.one_shot import Limits, OneShotAllReduce, obstacle
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
@@ -294,7 +294,7 @@ def build_runner(
 
 
 def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
-    """Let small all-reduces go through memory that the GPUs share, if all ranks can."""
+    """Let all-reduces go through memory that the GPUs share, if all ranks can."""
     if tp.group is None or not runtime.on_gpu or not wanted("symmetric_memory"):
         return tp
     if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
@@ -304,8 +304,8 @@ def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeCon
     if not _agree(int(not reason), tp, runtime.device):
         logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
         return tp
-    numel = largest_numel(tp.size, runtime.dtype)
-    return replace(tp, one_shot=OneShotAllReduce(tp.group, numel=numel, dtype=runtime.dtype, device=runtime.device))
+    limits = Limits.of(tp.size, runtime.dtype)
+    return replace(tp, one_shot=OneShotAllReduce(tp.group, limits, dtype=runtime.dtype, device=runtime.device))
 
 
 def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:

@@ -1,15 +1,41 @@
 """The sum over all ranks of a row-parallel layer's output, with the residual addition and the norm behind it.
 
-Every rank has written its summand where the others can read it, and each of them sums all. A program has one row: it
-tells the other ranks that this rank's summand is there, waits until they tell the same, and reads theirs. It says so
-by counting: the n-th sum of a row begins with the flag n, so that nothing has to be put back.
+Every rank has written its summand where the others can read it. The programs of one number, one on each rank, *meet*:
+each raises its flag at all others, and waits until theirs are up. Flags are counters: at a program's n-th meeting they
+become n, so that nothing has to be put back. All of this is in memory that is there before and stays, so that a CUDA
+graph that has captured a sum goes on counting at every replay.
 
-Nobody says when it has read. A rank that has passed a sum knows, though, that all the others had begun it, and
-therefore had ended what they did before. So a summand may be overwritten once a later sum of summands that lie
-elsewhere has passed: sums that follow one another must use different memory (`model.one_shot` sees to that).
+In one shot, every rank sums every row. A program has one of them: it meets the others, who then have their summands
+there, and reads all of these. That is one meeting, but each rank reads all that the others have.
+
+In two shots, every rank sums the rows that it owns, one of `size` rows in turn, and writes the result to all ranks'
+outputs. A program has one own row: it meets the others, reads, writes, and meets them again, who then have written
+theirs. No rank ends before all rows have come. Rows are owned in turn so that a program is about `size` rows next to
+each other, and each rank has as much to do as every other at any time. What only the next sum needs, the residual
+stream, is not passed on: of the total each rank has its own rows, and in the next sum, of the same shape, it needs no
+others. The arithmetic is the same, and so are the bits.
+
+What may be overwritten, and when, follows from two facts. A flag is raised after `wait`, that is, when all kernels that
+were launched before on that rank have ended; and a sum ends after its meetings.
+
+- A summand of one shot: once a later sum of summands that lie elsewhere has ended here. Nobody says when it has read,
+  but a rank that has passed a meeting of the later sum knows that all others had begun that one, and therefore had
+  ended this one. So sums that follow one another must use different memory (`model.one_shot` sees to that), whatever
+  kind the later one is.
+- A summand of two shots: once its sum has ended here, since the others come to the second meeting when they have read.
+- What two shots have put out: others write there only between the meetings of a later sum of two shots, and pass the
+  first of them only if this rank has come to it too, and has therefore ended all that it launched before. So one memory
+  serves all sums, and a result is there until this rank's next sum of two shots. That one may even have its residual
+  there: one and the same program reads a row of it and then writes the row's result to the owner's memory.
+
+A rank may be one meeting ahead of another, but not two, since the next one needs both. So flags are waited for to reach
+a number, or to have passed it. Sums of both kinds and of any number of rows may follow one another, as long as they do
+so in the same order on every rank: a program's number of meetings is then the same everywhere. What NCCL does in
+between touches none of this memory.
 
 Programs need not all fit on a GPU at a time. They do have to start in the order of their numbers, as they do on every
-GPU so far: then all ranks have begun the first row that any of them waits in.
+GPU so far: of those that have not ended on every rank, the ones of the lowest number then run on all ranks, or can
+start; and they wait for nobody but each other.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, misc"
@@ -24,7 +50,7 @@ import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.norm import norm_row
-from model.kernels.runtime import jit, tl, triton
+from model.kernels.runtime import jit, jit_once, tl, triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +59,30 @@ class Peers:
 
     rank: int
     summands: torch.Tensor  # [size] int64: where each rank's summand begins, at a multiple of 16 bytes
-    flags: torch.Tensor  # [size] int64: each rank's flags [size, max_rows] int32, of which the ranks write one row each
-    epochs: torch.Tensor  # [max_rows] int32: how many sums of this row this rank has begun
+    flags: torch.Tensor  # [size] int64: each rank's flags [size, max_programs] int32; each rank writes one row of them
+    meetings: torch.Tensor  # [max_programs] int32: how many meetings each program of this rank has come to
+    outputs: Outputs | None = None  # with them, sums are made in two shots
+
+    def programs(self, rows: int) -> int:
+        """How many programs sum so many rows."""
+        return rows if self.outputs is None else -(-rows // self.summands.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the results of two shots go."""
+
+    own: torch.Tensor  # [numel]: this rank's
+    addresses: torch.Tensor  # [size] int64: where each rank's begins, at a multiple of 16 bytes
 
 
 def peer_sum(shape: torch.Size, dtype: torch.dtype, peers: Peers) -> torch.Tensor:
     """Return the sum of all ranks' summands, each [rows, d] of `dtype`: the same bits on every rank.
 
-    Added in the order of the ranks, in float32, and rounded once.
+    Added in the order of the ranks, in float32, and rounded once. In two shots it lies in `Outputs.own`, until the next
+    sum in two shots.
     """
-    out = torch.empty(shape, dtype=dtype, device=peers.epochs.device)
+    out = _output(shape, dtype, peers)
     _launch(out, out, out, out, 0.0, peers, norm=False)
     return out
 
@@ -50,11 +90,23 @@ def peer_sum(shape: torch.Size, dtype: torch.dtype, peers: Peers) -> torch.Tenso
 def peer_sum_add_rms_norm(
     residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: Peers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `add_rms_norm` does of the sum and of `residual` [rows, d], with the same roundings. weight: [d]."""
+    """Return what `add_rms_norm` does of the sum and of `residual` [rows, d], with the same roundings. weight: [d].
+
+    In two shots the first result lies in `Outputs.own`, until the next sum in two shots, and of the second one and of
+    `residual` there are only the rows that this rank owns: [rank::size]. The others are neither written nor read.
+    """
     assert residual.is_contiguous(), "the residual's rows are contiguous"
-    normed, total = torch.empty_like(residual), torch.empty_like(residual)
+    normed, total = _output(residual.shape, residual.dtype, peers), torch.empty_like(residual)
     _launch(normed, total, residual, weight, eps, peers, norm=True)
     return normed, total
+
+
+def _output(shape: torch.Size, dtype: torch.dtype, peers: Peers) -> torch.Tensor:
+    if peers.outputs is None:
+        return torch.empty(shape, dtype=dtype, device=peers.meetings.device)
+    own = peers.outputs.own
+    assert own.dtype is dtype, f"the outputs are of {own.dtype}, not of {dtype}"
+    return own[: shape.numel()].view(shape)
 
 
 def _launch(
@@ -68,80 +120,93 @@ def _launch(
     norm: bool,
 ) -> None:
     rows, width = out.shape
-    size, max_rows = peers.summands.shape[0], peers.epochs.shape[0]
-    assert rows <= max_rows, f"{rows} rows are more than the {max_rows} that have flags"
+    size, max_programs = peers.summands.shape[0], peers.meetings.shape[0]
+    programs = peers.programs(rows)
+    assert programs <= max_programs, f"{programs} programs are more than the {max_programs} that have flags"
     block = triton.next_power_of_2(width)
     launch = dependent_launch(out)
-    _peer_sum_kernel[(rows,)](
+    _peer_sum_kernel[(programs,)](
         peers.summands,
         peers.flags,
-        peers.epochs,
+        peers.meetings,
         residual,
         weight,
         out,
+        peers.summands if peers.outputs is None else peers.outputs.addresses,
         total,
+        rows,
         eps,
         RANK=peers.rank,
         SIZE=size,
         SIZE_BLOCK=triton.next_power_of_2(size),
-        MAX_ROWS=max_rows,
+        MAX_PROGRAMS=max_programs,
         WIDTH=width,
         BLOCK=block,
         NORM=norm,
+        TWO_SHOTS=peers.outputs is not None,
         PDL=bool(launch),
         num_warps=min(max(block // 512, 1), 16),
         **launch,
     )
 
 
-@jit
+@jit_once("rows")
 def _peer_sum_kernel(
     summands_ptr,  # [SIZE] int64: `Peers`
     flags_ptr,  # [SIZE] int64
-    epochs_ptr,  # [MAX_ROWS] int32
+    meetings_ptr,  # [MAX_PROGRAMS] int32
     residual_ptr,  # [rows, WIDTH], read only with NORM
     weight_ptr,  # [WIDTH], read only with NORM
     out_ptr,  # [rows, WIDTH]: the sum, or with NORM the normed one
+    outputs_ptr,  # [SIZE] int64: all ranks' `out_ptr`, read only with TWO_SHOTS
     total_ptr,  # [rows, WIDTH], written only with NORM
+    rows,
     eps,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    TWO_SHOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin_dependents(PDL)
-    row = tl.program_id(0)
+    program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
-    mask = columns < WIDTH
+    if TWO_SHOTS:
+        row = program * SIZE + RANK
+        mask = columns < tl.where(row < rows, WIDTH, 0)  # the last program may have no row, but is waited for
+    else:
+        row = program
+        mask = columns < WIDTH
     dtype = out_ptr.dtype.element_ty
     places = row.to(tl.int64) * WIDTH + columns
-    own_flags = tl.load(flags_ptr + RANK).to(tl.pointer_type(tl.int32))
+    # All flags of programs of this number: the ones that the others raise here, and this rank's at each of them.
+    own_flags = tl.load(flags_ptr + RANK).to(tl.pointer_type(tl.int32)) + program
     peer = tl.arange(0, SIZE_BLOCK)
     is_other = (peer < SIZE) & (peer != RANK)
     others = tl.load(flags_ptr + peer, mask=is_other, other=0).to(tl.pointer_type(tl.int32))
+    others += RANK * MAX_PROGRAMS + program
     pointers = ()
+    outputs = ()
     for rank in tl.static_range(SIZE):
         # The compiler must be told of the alignment, and a pointer is what it listens for.
         summand = tl.multiple_of(tl.load(summands_ptr + rank).to(tl.pointer_type(dtype)), 16)
         pointers = pointers + (summand + places,)
+        if TWO_SHOTS:
+            output = tl.multiple_of(tl.load(outputs_ptr + rank).to(tl.pointer_type(dtype)), 16)
+            outputs = outputs + (output + places,)
     if NORM:
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     wait(PDL)
 
-    epoch = tl.atomic_add(epochs_ptr + row, 1, sem="relaxed") + 1
-    # All at once: one after the other, each would wait for the one before to arrive.
-    tl.atomic_xchg(others + RANK * MAX_ROWS + row, epoch, mask=is_other, sem="release", scope="sys")
+    meeting = tl.atomic_add(meetings_ptr + program, 2 if TWO_SHOTS else 1, sem="relaxed") + 1
+    _raise_flags(others, is_other, meeting)
     if NORM:  # on its way while others are waited for
         residual = tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    for rank in tl.static_range(SIZE):
-        if rank != RANK:
-            # By their difference, since numbers start anew after 2^32; a rank may be one sum ahead.
-            while tl.atomic_add(own_flags + rank * MAX_ROWS + row, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
+    _wait_for_flags(own_flags, meeting, RANK, SIZE, MAX_PROGRAMS)
     summands = ()
     for rank in tl.static_range(SIZE):
         # Not out of the L1 cache, which does not see what others write.
@@ -154,4 +219,28 @@ def _peer_sum_kernel(
         out = (out.to(tl.float32) + residual).to(dtype)
         tl.store(total_ptr + places, out, mask=mask)
         out = norm_row(out.to(tl.float32), weight, eps, WIDTH, dtype)
-    tl.store(out_ptr + places, out, mask=mask)
+    if TWO_SHOTS:
+        for rank in tl.static_range(SIZE):
+            tl.store(outputs[rank], out, mask=mask)
+        tl.debug_barrier()  # all threads have read and written before one of them tells of it
+        _raise_flags(others, is_other, meeting + 1)
+        _wait_for_flags(own_flags, meeting + 1, RANK, SIZE, MAX_PROGRAMS)
+    else:
+        tl.store(out_ptr + places, out, mask=mask)
+
+
+@jit
+def _raise_flags(flags, mask, meeting):
+    """Tell all other ranks that this one has come to a meeting, and can be seen to have done all before it."""
+    # All at once: one after the other, each would wait for the one before to arrive.
+    tl.atomic_xchg(flags, meeting, mask=mask, sem="release", scope="sys")
+
+
+@jit
+def _wait_for_flags(flags, meeting, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
+    """Wait until all other ranks have come to a meeting, and see what they have done before it."""
+    for rank in tl.static_range(SIZE):
+        if rank != RANK:
+            # By their difference, since numbers start anew after 2^32; a rank may be one meeting ahead.
+            while tl.atomic_add(flags + rank * MAX_PROGRAMS, 0, sem="acquire", scope="sys") - meeting < 0:
+                pass

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from model import one_shot as one_shot_module
-from model.kernels.peer_sum import peer_sum, peer_sum_add_rms_norm
-from model.one_shot import OneShotAllReduce
+from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
+from model.one_shot import Limits, OneShotAllReduce, Place
 from model.parallel import TensorParallel
 from tests.model.helpers import (
     TINY,
@@ -34,8 +34,8 @@ SIZES = (2, 4)
 PROMPT, NEIGHBOUR = random_ids(23, vocab_size=9), random_ids(11, vocab_size=9, seed=1)
 
 
-FEW_TOKENS = 3
-"""Steps of no more are summed in one shot: the decode step, but no prefill."""
+FEW_TOKENS, MANY_TOKENS = 3, 9
+"""Steps of no more are summed in one shot, and in two: the decode step, and the smaller prefill."""
 
 
 def logits_of(folder: Path, tp: TensorParallel, *, packed: bool = True) -> torch.Tensor:
@@ -64,17 +64,29 @@ def logits_of(folder: Path, tp: TensorParallel, *, packed: bool = True) -> torch
 
 
 def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.Tensor:
-    """As `logits_of`, with small sums in one shot; `shared`: a folder of the ranks' own."""
+    """As `logits_of`, with small sums in one shot and larger ones in two; `shared`: a folder of the ranks' own."""
     assert tp.group is not None
     written = 0
-    numel = FEW_TOKENS * TINY["hidden_size"]
+    limits = Limits(FEW_TOKENS * TINY["hidden_size"], MANY_TOKENS * TINY["hidden_size"])
     with shared_files(shared, tp.rank):
-        one_shot = OneShotAllReduce(tp.group, numel=numel, dtype=torch.float32, device=torch.device("cpu"))
+        one_shot = OneShotAllReduce(tp.group, limits, dtype=torch.float32, device=torch.device("cpu"))
+    shapes = [torch.Size((tokens, TINY["hidden_size"])) for tokens in (FEW_TOKENS, MANY_TOKENS)]
+    rooms = [one_shot.room(shape, torch.float32, place) for shape in shapes for place in Place]
+    addresses = {room.data_ptr() for room in rooms if room is not None}
+
+    def sum_add_rms_norm(
+        residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: Peers
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What no rank should need of the residual stream is NaN."""
+        normed, total = peer_sum_add_rms_norm(residual, weight, eps, peers)
+        if peers.outputs is not None:
+            total[torch.arange(len(total)) % tp.size != tp.rank] = torch.nan
+        return normed, total
 
     def count(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def counted(*operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
             nonlocal written
-            written += out.data_ptr() in [memory.data_ptr() for memory in one_shot._memory]
+            written += out.data_ptr() in addresses
             return product(*operands, out=out)
 
         return counted
@@ -83,23 +95,23 @@ def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.
         patch.object(torch, "mm", count(torch.mm)),
         patch.object(torch, "addmm", count(torch.addmm)),
         patch.object(one_shot_module, "peer_sum", wraps=peer_sum) as sums,
-        patch.object(one_shot_module, "peer_sum_add_rms_norm", wraps=peer_sum_add_rms_norm) as sums_with_norm,
+        patch.object(one_shot_module, "peer_sum_add_rms_norm", side_effect=sum_add_rms_norm) as sums_with_norm,
         patch.object(one_shot, "_put", wraps=one_shot._put) as puts,
     ):
         logits = logits_of(folder, replace(tp, one_shot=one_shot), packed=False)
     places = [call.args[1] for call in puts.call_args_list]
-    # Those of prefills, which are too large, are sums as well. Another step would begin with the first place again.
+    # Those of the larger prefill are too large, but sums as well. Another step would begin with the first place again.
     assert all(place is not other for place, other in pairwise([*places, places[0]])), places
     layers = TINY["num_hidden_layers"]
     done = (sums.call_count, sums_with_norm.call_count, written)
-    assert done == (1, 2 * layers, 2 * layers), done
+    assert done == (2, 4 * layers, 4 * layers), done
     return logits
 
 
 def main(rank: int, rendezvous: str, folders: list[str], results: str) -> None:
     """Join the group; for each size and checkpoint, write this rank's logits to results/<size>-<checkpoint>-<rank>.
 
-    Those summed by gloo alone and, in Triton's interpreter, those summed in one shot where that is for.
+    Those summed by gloo alone and, in Triton's interpreter, those summed in one shot or two where that is for.
     """
     torch.set_num_threads(1)
     store = dist.FileStore(rendezvous, WORLD_SIZE)

@@ -1,4 +1,4 @@
-"""Sums in one shot: on two GPUs against NCCL and exact sums, and why a rank may not be able to make them."""
+"""Sums in one shot and two: on two GPUs against NCCL and exact sums, and why a rank may not be able to make them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < one_shot_rank.SIZE, re
 
 
 @pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
-def test_two_processes_sum_rightly_whatever_comes_before_and_after(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(
-        one_shot_rank.main_on_cpu, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=one_shot_rank.SIZE
-    )
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_sum_rightly_whatever_comes_before_and_after(tmp_path: Path, size: int) -> None:
+    args = (size, str(tmp_path / "rendezvous"), str(tmp_path))
+    torch.multiprocessing.spawn(one_shot_rank.main_on_cpu, args=args, nprocs=size)
 
 
 @pytest.mark.gpu
@@ -57,23 +57,38 @@ def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
 
 
 def test_where_there_is_room(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
+    cpu, rows = torch.device("cpu"), one_shot.MAX_PROGRAMS
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with shared_files(tmp_path, 0):
-            made = one_shot.OneShotAllReduce(torch.distributed.group.WORLD, numel=13, dtype=torch.float32, device=cpu)
-            rows = one_shot.MAX_ROWS
-            narrow = one_shot.OneShotAllReduce(
-                torch.distributed.group.WORLD, numel=2 * rows + 2, dtype=torch.bfloat16, device=cpu
+            made, narrow = (
+                one_shot.OneShotAllReduce(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
+                for limits, dtype in (
+                    (one_shot.Limits(13, 27), torch.float32),
+                    (one_shot.Limits(2 * rows, 2 * rows + 2), torch.bfloat16),
+                )
             )
     finally:
         torch.distributed.destroy_process_group()
-    rooms = [made.room(torch.Size((1, 13)), torch.float32, place) for place in one_shot.Place]
-    assert all(room is not None and room.data_ptr() % 16 == 0 for room in rooms)
-    assert made.room(torch.Size((1, 17)), torch.float32, one_shot.Place.MLP) is None
-    assert made.room(torch.Size((1, 13)), torch.bfloat16, one_shot.Place.MLP) is None
-    assert narrow.room(torch.Size((rows, 2)), torch.bfloat16, one_shot.Place.MLP) is not None
-    assert narrow.room(torch.Size((rows + 1, 2)), torch.bfloat16, one_shot.Place.MLP) is None
+
+    def room(
+        all_reduce: one_shot.OneShotAllReduce, shape: tuple[int, int], dtype: torch.dtype, place: one_shot.Place
+    ) -> int | None:
+        memory = all_reduce.room(torch.Size(shape), dtype, place)
+        assert memory is None or memory.shape == shape
+        return None if memory is None else memory.data_ptr()
+
+    small, large = (
+        [room(made, shape, torch.float32, place) for place in one_shot.Place] for shape in ((1, 13), (3, 9))
+    )
+    assert all(address is not None and address % 16 == 0 for address in small + large)
+    assert len(set(small)) == len(one_shot.Place), "each place of one shot has memory of its own"
+    assert len(set(large)) == 1, "two shots need no more than one"
+    assert not set(small) & set(large)
+    assert room(made, (1, 33), torch.float32, one_shot.Place.MLP) is None
+    assert room(made, (1, 13), torch.bfloat16, one_shot.Place.MLP) is None
+    assert room(narrow, (rows, 2), torch.bfloat16, one_shot.Place.MLP) is not None
+    assert room(narrow, (rows + 1, 2), torch.bfloat16, one_shot.Place.MLP) is None, "programs without flags"
 
 
 def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +117,18 @@ def test_a_failure_names_the_way_to_do_without(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "")  # which is changed, and so put back
     monkeypatch.setattr(torch.distributed._symmetric_memory, "empty", fail)
     with pytest.raises(ModelError, match="not permitted; set LIGHTQWEN_WITHOUT=symmetric_memory") as raised:
-        one_shot.OneShotAllReduce(Mock(), numel=8, dtype=torch.bfloat16, device=torch.device("cuda", 1))
+        one_shot.OneShotAllReduce(
+            Mock(**{"rank.return_value": 1, "size.return_value": 2}),
+            one_shot.Limits(8, 8),
+            dtype=torch.bfloat16,
+            device=torch.device("cuda", 1),
+        )
     assert "\n" not in str(raised.value)
 
 
-def test_more_ranks_take_smaller_tensors() -> None:
+def test_more_ranks_take_smaller_tensors_in_one_shot() -> None:
     for size in (2, 4, 8):
-        read = one_shot.largest_numel(size, torch.bfloat16) * 2 * (size - 1)
+        limits = one_shot.Limits.of(size, torch.bfloat16)
+        read = limits.one_shot * 2 * (size - 1)
         assert one_shot.MAX_PEER_BYTES - 2 * size < read <= one_shot.MAX_PEER_BYTES
+        assert limits.two_shots * 2 == one_shot.MAX_TWO_SHOT_BYTES

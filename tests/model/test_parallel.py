@@ -59,7 +59,7 @@ def test_equals_one_process(outcome: tuple[list[Path], Path], number: int, size:
 @pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("size", parallel_rank.SIZES)
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=[name.replace(" ", "-") for name in SHAPES])
-def test_a_sum_in_one_shot_is_the_same_sum(outcome: tuple[list[Path], Path], number: int, size: int) -> None:
+def test_a_sum_in_one_shot_or_two_is_the_same_sum(outcome: tuple[list[Path], Path], number: int, size: int) -> None:
     _, results = outcome
     for rank in range(size):
         logits = load_file(results / f"{size}-{number}-{rank}.safetensors")

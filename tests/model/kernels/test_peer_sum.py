@@ -7,38 +7,60 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.kernels.norm import add_rms_norm_torch
-from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
+from model.kernels.norm import add_rms_norm_torch, rms_norm_torch
+from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
 from tests.model.kernels.comparing import DTYPES, MATCH, ON_GPU, poisoned, relative_error
 
 EPS = 1e-6
-MAX_ROWS = 6
-LAST_INT32 = 2**31 - 1
+MAX_PROGRAMS = 6
+FIRST_INT32, LAST_INT32 = -(2**31), 2**31 - 1
 
 
 class Group:
-    """All ranks' memory in one process; `rank` has begun `epoch` sums, of which its peers are one ahead."""
+    """All ranks' memory in one process; `rank` has come to `begun` meetings, and its peers to three more.
 
-    def __init__(self, rank: int, size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.epoch = LAST_INT32 - 1
+    With the next sum's first meeting the numbers end, and start anew below zero.
+    """
+
+    begun = LAST_INT32 - 1
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        two_shots: bool = False,
+    ) -> None:
         self.summands = [torch.randn(shape).to(device, dtype) for _ in range(size)]
-        self.flags = [torch.zeros((size, MAX_ROWS), dtype=torch.int32, device=device) for _ in range(size)]
-        self.flags[rank].fill_(-(2**31))  # the next but one after the last
+        self.flags = [torch.zeros((size, MAX_PROGRAMS), dtype=torch.int32, device=device) for _ in range(size)]
+        self.flags[rank].fill_(FIRST_INT32 + 1)
+        self.outputs = [poisoned(*shape, dtype=dtype, device=device) for _ in range(size)]
         self.peers = Peers(
             rank,
             addresses(self.summands, device),
             addresses(self.flags, device),
-            torch.full((MAX_ROWS,), self.epoch, dtype=torch.int32, device=device),
+            torch.full((MAX_PROGRAMS,), self.begun, dtype=torch.int32, device=device),
+            Outputs(self.outputs[rank].view(-1), addresses(self.outputs, device)) if two_shots else None,
         )
 
-    def check_told(self, rows: int) -> None:
-        """This rank has told each of its peers, and nobody else, that it has begun one more sum of these rows."""
-        rank = self.peers.rank
+    def check_told(self, programs: int, come_to: int = LAST_INT32) -> None:
+        """So many programs of this rank have told each of its peers, and nobody else, that they have come so far."""
+        rank, rest = self.peers.rank, MAX_PROGRAMS - programs
         for peer, flags in enumerate(self.flags):
             if peer != rank:
-                assert flags[rank].tolist() == [LAST_INT32] * rows + [0] * (MAX_ROWS - rows)
+                assert flags[rank].tolist() == [come_to] * programs + [0] * rest
                 assert not flags[[other for other in range(len(self.flags)) if other != rank]].any()
-        assert self.peers.epochs.tolist() == [LAST_INT32] * rows + [self.epoch] * (MAX_ROWS - rows)
+        assert self.peers.meetings.tolist() == [come_to] * programs + [self.begun] * rest
+
+    def check_outputs(self, expected: torch.Tensor) -> None:
+        """This rank has written its own rows of `expected` to all, and nothing else to any."""
+        rank, size = self.peers.rank, len(self.flags)
+        for output in self.outputs:
+            assert torch.equal(output[rank::size], expected[rank::size])
+            assert output[[row for row in range(len(output)) if row % size != rank]].isnan().all()
 
 
 def addresses(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -47,7 +69,7 @@ def addresses(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rank", "size"), [(0, 2), (1, 2), (2, 4)])
-@pytest.mark.parametrize("shape", [(1, 64), (3, 200), (MAX_ROWS, 256)])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 200), (MAX_PROGRAMS, 256)])
 def test_sum(triton_device: torch.device, dtype: torch.dtype, rank: int, size: int, shape: tuple[int, int]) -> None:
     group = Group(rank, size, shape, dtype, triton_device)
     out = peer_sum(torch.Size(shape), dtype, group.peers)
@@ -75,6 +97,49 @@ def test_with_residual_and_norm(
     group.check_told(shape[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "size"), [(0, 2), (1, 2), (2, 4)])
+@pytest.mark.parametrize("shape", [(1, 64), (4, 200), (5, 256)])
+def test_two_shots_give_own_rows_to_all(
+    triton_device: torch.device, dtype: torch.dtype, rank: int, size: int, shape: tuple[int, int]
+) -> None:
+    group = Group(rank, size, shape, dtype, triton_device, two_shots=True)
+    residual, weight = torch.randn(shape).to(triton_device, dtype), torch.randn(shape[1]).to(triton_device, dtype)
+    other_group = Group(rank, size, shape, dtype, triton_device)  # with flags of its own
+    in_one = replace(other_group.peers, summands=group.peers.summands)
+    expected_sum = peer_sum(torch.Size(shape), dtype, in_one)
+    expected_normed, expected_total = peer_sum_add_rms_norm(residual, weight, EPS, in_one)
+
+    out = peer_sum(torch.Size(shape), dtype, group.peers)
+    assert out.shape == shape
+    assert out.data_ptr() == group.outputs[rank].data_ptr()
+    group.check_outputs(expected_sum)
+    programs = -(-shape[0] // size)
+    group.check_told(programs, come_to=FIRST_INT32)
+
+    for output in group.outputs:
+        output.fill_(torch.nan)
+    group.peers.meetings.fill_(group.begun)
+    residual[[row for row in range(shape[0]) if row % size != rank]] = torch.nan
+    before = residual.clone()
+    normed, total = peer_sum_add_rms_norm(residual, weight, EPS, group.peers)
+    assert normed.data_ptr() == out.data_ptr()
+    group.check_outputs(expected_normed)
+    assert torch.equal(total[rank::size], expected_total[rank::size])
+    assert torch.equal(residual.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_the_residual_of_two_shots_may_lie_where_the_result_goes(triton_device: torch.device) -> None:
+    group = Group(0, 2, (3, 200), torch.float32, triton_device, two_shots=True)
+    weight = torch.ones(200, device=triton_device)
+    residual = group.outputs[0]
+    residual.copy_(torch.randn(3, 200))
+    expected_total = sum(group.summands, residual)
+    normed, total = peer_sum_add_rms_norm(residual, weight, EPS, group.peers)
+    assert relative_error(total[::2], expected_total[::2]) < MATCH[torch.float32]
+    assert relative_error(normed[::2], rms_norm_torch(expected_total, weight, EPS)[::2]) < 4 * MATCH[torch.float32]
+
+
 def test_nothing_past_the_rows_is_read(triton_device: torch.device) -> None:
     group = Group(0, 2, (2, 200), torch.float32, triton_device)
     longer = [poisoned(3, 200, dtype=torch.float32, device=triton_device) for _ in group.summands]
@@ -87,7 +152,8 @@ def test_nothing_past_the_rows_is_read(triton_device: torch.device) -> None:
     assert torch.equal(out, group.summands[0] + group.summands[1])
 
 
-def test_too_many_rows(triton_device: torch.device) -> None:
-    group = Group(0, 2, (1, 8), torch.float32, triton_device)
-    with pytest.raises(AssertionError, match="7 rows are more than the 6"):
-        peer_sum(torch.Size((7, 8)), torch.float32, group.peers)
+@pytest.mark.parametrize(("two_shots", "rows"), [(False, 7), (True, 13)])
+def test_too_many_programs(triton_device: torch.device, two_shots: bool, rows: int) -> None:
+    group = Group(0, 2, (rows, 8), torch.float32, triton_device, two_shots=two_shots)
+    with pytest.raises(AssertionError, match="7 programs are more than the 6"):
+        peer_sum(torch.Size((rows, 8)), torch.float32, group.peers)
