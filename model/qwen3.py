@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -184,9 +184,9 @@ class Qwen3Model(nn.Module):
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after the last norm: [tokens, hidden]."""
         residual = self.embed_tokens(inputs.token_ids)
-        first_norm, *next_norms = *(layer.input_layernorm for layer in self.layers), self.norm
-        normed = Normed(first_norm(residual))
-        for layer, next_norm, layer_cache in zip(self.layers, next_norms, kv_cache.unbind(0), strict=True):
+        norms: list[Any] = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        normed = Normed(norms[0](residual))
+        for layer, next_norm, layer_cache in zip(self.layers, norms[1:], kv_cache.unbind(0), strict=True):
             normed, residual = layer(normed, residual, next_norm, inputs, layer_cache)
         return normed.finish()
 

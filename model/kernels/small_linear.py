@@ -416,15 +416,16 @@ def _fma_kernel(
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)
     wait(PDL)
 
+    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
     if WHOLE:
         xs = ()
         for stage in tl.static_range(STAGES):
             xs = xs + (_load_rows(x_ptr, rows, stage * BLOCK_K + column, k, ROWS),)
-        residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
+        if rows == 0:  # a branch, before which the compiler asks for all of that, not only for what is multiplied first
+            return
         for stage in tl.static_range(STAGES):
             sums = _multiply(sums, held[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K)
     else:
-        residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
         for start in range(0, k, STAGES * BLOCK_K):
             next_held = ()
             for stage in tl.static_range(STAGES):
@@ -555,8 +556,8 @@ def _held_kernel(
     gain = _load_features(gain_ptr, feature, n, ADD)
     wait(PDL)
 
-    xs = (tl.load(x_ptr + offsets, mask=is_row & (column < k)[:, None, :], other=0.0),)
     residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
+    xs = (tl.load(x_ptr + offsets, mask=is_row & (column < k)[:, None, :], other=0.0),)
     products = tl.zeros([PARTS, ROWS, BLOCK_N], tl.float32)
     for stage in tl.static_range(STAGES):
         if stage + 1 < STAGES:  # on its way while this one is multiplied
