@@ -102,14 +102,15 @@ def default_tiling(work: Work) -> Tiling | None:
 def _fma_tiling(work: Work) -> Tiling:
     """Hold whole weight rows in registers where they are short enough; long ones in wide tiles, with many warps.
 
-    More weight rows share what a program does beside reading them: four rows of x, or applying a norm's scale. And a
-    layer behind which rows are normed leaves fewer sums of squares, which its successor's programs read, as x.
+    More weight rows share what a program does beside reading them: four rows of x, or applying a norm's scale. Where a
+    row of what comes out is long, they also leave fewer sums of squares, all of which every program of the next layer
+    reads.
     """
     wide = work.rows == 4 or work.gated or (work.k > 1024 and 4096 <= work.n <= 16384)
     warps = 16
     if work.k <= 1024:
         warps = 1 if wide else 4
-    elif work.rows == 4 or work.k <= (5120 if wide else 2048):
+    elif wide or work.k <= 2048:
         warps = 8
     block_n = 4 if wide else 2
     stages = -(-work.k // (256 * warps))
