@@ -1,6 +1,6 @@
 """Which tiling of the fused linear kernels is fastest on this GPU: `python -m bench.small_linear --json out.json`.
 
-For every linear layer of the chosen models and 1 to 64 rows, each tiling is timed against what it replaces: cuBLAS and
+For every linear layer of the chosen models and 1 to 256 rows, each tiling is timed against what it replaces: cuBLAS and
 the separate kernel behind it, a norm with its residual addition or a SiLU. (A layer behind a norm also applies its
 scale, which the separate product need not: its norm is timed with the layer before.) As in `bench.kernels`, launches
 over rotated weights that exceed the L2 cache are captured in a CUDA graph, and the median of its replays is divided by
@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Variant:
     def __str__(self) -> str:
         tiling = self.tiling
         text = f"{tiling.form}{tiling.rows} {tiling.block_n}x{tiling.block_k} w{tiling.warps}"
-        text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.form == "dot" else "")
+        text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.splits > 1 else "")
+        text += f" by {tiling.block_rows}" if tiling.block_rows else ""
         return text + (f" prefetch {tiling.prefetch}" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
 
 
@@ -121,7 +122,10 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                 if fills and block_n <= (16, 8, 8)[rows // 2] and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
                     for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages))
-    if rows >= 4:
+    if rows >= 32:
+        for tiling in _wide_tilings(layer, rows):
+            yield Variant(tiling)
+    if 4 <= rows <= 64:
         for tiling in _held_tilings(layer, max(8, rows)):
             yield Variant(tiling)
         for block_n, block_k, warps, stages in (
@@ -141,6 +145,22 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
 
 _SMALL_TILES = ((16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3))
 """Of which, with many rows of x beside them, several programs fit on a multiprocessor."""
+
+
+def _wide_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
+    """Return those that fill the GPU, with as many tiles under way as one, two or three programs to each of its
+    multiprocessors have room for."""
+    for block_rows, block_n, block_k, splits in product((64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4)):
+        programs = -(-layer.n // block_n) * -(-rows // block_rows) * splits
+        fills = 64 <= programs <= 300 or (splits == 1 and programs > 300 and block_n >= 64)
+        steps = -(-layer.k // (splits * block_k))
+        if not fills or block_rows > max(rows, 64) or steps < 2:
+            continue
+        tile = 2 * (block_rows + block_n) * block_k
+        for stages in sorted({min(room // tile, steps, 8) for room in (74_000, 110_000, 200_000)}):
+            if stages >= 2 and stages * tile >= 40_000:
+                for warps in (4, 8)[: block_rows // 64]:
+                    yield Tiling("wide", rows, block_n, block_k, warps, splits, stages, block_rows=block_rows)
 
 
 def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
@@ -309,7 +329,7 @@ def compile_all(wanted: Iterable[Wanted]) -> None:
     for layer, rows, variant in wanted:
         tiling = variant.tiling
         # Whole tiles are read without a mask; those of fma are held all at once where there are no more.
-        tiles = layer.k / (tiling.block_k * (tiling.splits if tiling.form == "dot" else tiling.stages))
+        tiles = layer.k / (tiling.block_k * (tiling.stages if tiling.form in ("fma", "held") else tiling.splits))
         beside = (triton.next_power_of_2(layer.parts(rows)) if layer.scaled else 0, layer.adds, layer.gated)
         key = (variant, *beside, layer.n % tiling.block_n == 0, tiles.is_integer(), tiles <= 1)
         kernels.setdefault(key, (layer, rows, variant))
@@ -343,7 +363,7 @@ class Result:
         """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
         tiling, k = self.best.tiling, self.layer.k
         ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
-        known = {0, tiling.prefetch} if tiling.form == "held" else {tiling.prefetch}
+        known = {0, tiling.prefetch} if tiling.form in ("held", "wide") else {tiling.prefetch}
         sizes = {0, min(1024, triton.next_power_of_2(ahead))} - known if ahead >= 64 else ()
         prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
         return [replace(self.best, pdl=False), *prefetched]
@@ -372,7 +392,8 @@ class Result:
 
 def source(tiling: Tiling) -> str:
     numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages, tiling.prefetch]
-    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))})'
+    block_rows = f", block_rows={tiling.block_rows}" if tiling.block_rows else ""
+    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))}{block_rows})'
 
 
 def sweep(inputs: Inputs, rows: int) -> Result:

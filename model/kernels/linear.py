@@ -73,7 +73,9 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Ti
     if not _wants_small_linear(x):
         return None
     rows, (n, k) = x.shape[0], weight.shape
-    return tiling_for(rows, n, k, gated=gated)
+    tiling = tiling_for(rows, n, k, gated=gated)
+    by_descriptors = tiling is not None and tiling.form == "wide"
+    return tiling if not by_descriptors or wanted("tensor_descriptors") else None
 
 
 def _wants_small_linear(x: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Linear layers of few rows, which read every weight once and compute what stands around them in the same launch.
+"""Linear layers of few rows, which compute what stands around them in the same launch.
 
-A decode step of up to 16 rows is bound by reading the weights, and for small models by the number of launches. So one
-launch here is a linear layer with the SiLU gate after it, or with the residual addition after it and most of the
+A decode step of up to some 256 rows is bound by reading the weights, and for small models by the number of launches. So
+one launch here is a linear layer with the SiLU gate after it, or with the residual addition after it and most of the
 RMSNorm after that, each part optional.
 
 No program has a whole row of the sum, so that none can norm it: each stores total * gain of its features, and for each
@@ -9,11 +9,13 @@ row the sum of the squares of its totals. Whoever multiplies total * gain next a
 products are computed, and multiplies them by 1 / rms (`model.kernels.norm.Scale`). Each partial sum has a place of its
 own, and they are added in a fixed order.
 
-There are three kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
+There are four kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *held* multiplies on the tensor cores, each warp its part of the reduction; a program
 holds its weight rows whole, so they must be short. *dot* does so for long ones, with the weight as the left operand, so
 that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
-adds up the partial sums of all in a fixed order and leaves the counter as it found it.
+adds up the partial sums of all in a fixed order and leaves the counter as it found it. *wide* is for 17 rows and more,
+which several programs share for the same weight rows; tiles of x and of the weight come by tensor descriptors, so it is
+for GPUs that have a tensor memory accelerator (and may split the reduction too).
 
 Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before:
 the total is, as it is stored, and its rounded elements are what is squared and what is multiplied by the gain. And that
@@ -33,7 +35,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
 from model.kernels.runtime import jit, jit_once, tl, triton
 
-_MAX_SPLIT_TILES = 4096
+_MAX_SPLIT_UNITS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,14 @@ class Tiling:
     A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for the others. A tile is `block_n`
     weight rows (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256
     columns for each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under
-    way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot). `splits`
-    programs share the reduction of one row block (dot only). With dependent launch, `prefetch` columns of each weight
-    row (fma: beyond those in registers; held: none), a power of two from 64 or none, are requested into the L2 cache
-    ahead of everything else.
+    way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot, wide).
+    `splits` programs share the reduction of the same features (dot, wide). A program of wide has `block_rows` of the
+    rows, of the others all. With dependent launch, `prefetch` columns of each weight row (fma: beyond those in
+    registers; held, wide: none), a power of two from 64 or none, are requested into the L2 cache ahead of everything
+    else.
     """
 
-    form: Literal["fma", "held", "dot"]
+    form: Literal["fma", "held", "dot", "wide"]
     rows: int
     block_n: int
     block_k: int
@@ -67,6 +70,7 @@ class Tiling:
     splits: int = 1
     stages: int = 1
     prefetch: int = 0
+    block_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.form == "fma":
@@ -209,21 +213,43 @@ def _launch(
             EVEN_K=k == tiling.block_k * tiling.stages,
             **options,
         )
-    else:
-        splits = tiling.splits
-        shape = (tiles, splits, tiling.rows, tiling.block_n) if splits > 1 else (0,)
-        assert splits == 1 or tiles <= _MAX_SPLIT_TILES, f"{tiles} row blocks are too many to be split"
-        _dot_kernel[(tiles, splits)](
+    elif tiling.form == "dot":
+        _dot_kernel[(tiles, tiling.splits)](
             *arguments,
-            torch.empty(shape, dtype=torch.float32, device=x.device),
-            _arrivals(x.device),
+            *_split_memory(tiles, tiling.splits, tiling.rows * tiling.block_n, x.device),
             *numbers,
             BLOCK_K=tiling.block_k,
-            SPLITS=splits,
-            EVEN_K=k % (tiling.block_k * splits) == 0,
+            SPLITS=tiling.splits,
+            EVEN_K=k % (tiling.block_k * tiling.splits) == 0,
             **prefetching,
             **options,
         )
+    else:
+        blocks = triton.cdiv(rows, tiling.block_rows)
+        _wide_kernel[(tiles, blocks, tiling.splits)](
+            _tiles_of(x, tiling.block_rows, tiling.block_k),
+            _tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
+            *arguments[2:],
+            *_split_memory(tiles * blocks, tiling.splits, tiling.block_rows * tiling.block_n, x.device),
+            *numbers,
+            BLOCK_K=tiling.block_k,
+            SPLITS=tiling.splits,
+            **options | {"ROWS": tiling.block_rows},
+        )
+
+
+def _tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """Describe a contiguous matrix as tiles, of which a kernel asks for one at a time: zeros outside of the matrix."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def _split_memory(units: int, splits: int, elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where splits of so many units of so many elements leave their parts, and counters of those that have."""
+    assert splits == 1 or units <= _MAX_SPLIT_UNITS, f"{units} units are too many to be split"
+    shape = (units, splits, elements) if splits > 1 else (0,)
+    return torch.empty(shape, dtype=torch.float32, device=device), _arrivals(device)
 
 
 @cache
@@ -232,7 +258,7 @@ def _arrivals(device: torch.device) -> torch.Tensor:
 
     Kernels of one device run in stream order here; two streams with split launches at a time would need two of these.
     """
-    return torch.zeros(_MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+    return torch.zeros(_MAX_SPLIT_UNITS, dtype=torch.int32, device=device)
 
 
 @jit
@@ -631,19 +657,124 @@ def _dot_kernel(
         total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
 
     if SPLITS > 1:
-        place = tile * SPLITS * ROWS + row
-        index = tl.arange(0, BLOCK_N)
-        tl.store(partial_ptr + (place + split * ROWS)[None, :] * BLOCK_N + index[:, None], total)
-        tl.debug_barrier()  # every thread's part is stored before one of them tells so
-        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
-        if arrived != SPLITS - 1:
+        if not _arrive_last(total, partial_ptr, arrivals_ptr, tile, split, BLOCK_N, ROWS, SPLITS):
             return
-        tl.store(arrivals_ptr + tile, 0)
-        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        for s in tl.static_range(SPLITS):
-            # Past the L1 cache, which does not see what other multiprocessors write.
-            partial = partial_ptr + (place + s * ROWS)[None, :] * BLOCK_N + index[:, None]
-            total += tl.load(partial, cache_modifier=".cg")
+        total = _add_splits(partial_ptr, tile, BLOCK_N, ROWS, SPLITS)
+    extras = bias, gain, residual, squares
+    outputs = total_ptr, own_squares_ptr, out_ptr
+    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)
+
+
+@jit
+def _places_of_split(partial_ptr, unit, split, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Return where a split's part of a unit lies, [BLOCK_N, ROWS]."""
+    row, index = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
+    return partial_ptr + ((unit * SPLITS + split) * ROWS + row)[None, :] * BLOCK_N + index[:, None]
+
+
+@jit
+def _arrive_last(
+    part,  # [BLOCK_N, ROWS] float32
+    partial_ptr,
+    arrivals_ptr,
+    unit,
+    split,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Leave a split's part of a unit; tell whether all the others have left theirs."""
+    tl.store(_places_of_split(partial_ptr, unit, split, BLOCK_N, ROWS, SPLITS), part)
+    tl.debug_barrier()  # every thread's part is stored before one of them tells so
+    is_last = tl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        tl.store(arrivals_ptr + unit, 0)
+    return is_last
+
+
+@jit
+def _add_splits(partial_ptr, unit, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Return the sum of all parts of a unit, [BLOCK_N, ROWS]."""
+    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for split in tl.static_range(SPLITS):
+        # Past the L1 cache, which does not see what other multiprocessors write.
+        places = _places_of_split(partial_ptr, unit, split, BLOCK_N, ROWS, SPLITS)
+        total += tl.load(places, cache_modifier=".cg")
+    return total
+
+
+@jit_once("rows")
+def _wide_kernel(
+    x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
+    weight_tiles,  # descriptor of the weight [n, k], tiles [BLOCK_N, BLOCK_K], with GATED [BLOCK_N / 2, BLOCK_K]
+    bias_ptr,  # [n], read only with BIAS
+    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
+    residual_ptr,  # [rows, n], read only with ADD
+    gain_ptr,  # [n], read only with ADD
+    total_ptr,  # [rows, n], written only with ADD
+    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
+    out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    partial_ptr,  # [blocks of rows, tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
+    arrivals_ptr,  # [blocks of rows, tiles] int32, zeros before and after
+    eps,
+    rows,
+    n,
+    k,
+    parts,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """One program: BLOCK_N features of a block of ROWS rows, over one of SPLITS parts of the reduction.
+
+    With x as the left operand, 64 rows of it fill the matrix units, however few features a program has.
+    """
+    begin_dependents(PDL)
+    tile = tl.program_id(0)
+    first_row = tl.program_id(1) * ROWS
+    split = tl.program_id(2)
+    part = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    first = split * part
+    last = tl.minimum(first + part, k)
+    row = first_row + tl.arange(0, ROWS)
+    feature = _features(tile, n, BLOCK_N, GATED)
+    bias = _load_features(bias_ptr, feature, n, BIAS)
+    gain = _load_features(gain_ptr, feature, n, ADD)
+    wait(PDL)
+
+    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
+    if GATED:
+        HALF: tl.constexpr = BLOCK_N // 2
+        gates = tl.zeros([ROWS, HALF], tl.float32)
+        ups = tl.zeros([ROWS, HALF], tl.float32)
+        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+            x = x_tiles.load([first_row, start])
+            gate = weight_tiles.load([tile * HALF, start])
+            up = weight_tiles.load([n // 2 + tile * HALF, start])
+            gates = tl.dot(x, tl.trans(gate), gates, input_precision="ieee")
+            ups = tl.dot(x, tl.trans(up), ups, input_precision="ieee")
+        total = tl.reshape(tl.join(gates, ups), (ROWS, BLOCK_N))
+    else:
+        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+            x = x_tiles.load([first_row, start])
+            weight = weight_tiles.load([tile * BLOCK_N, start])
+            total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
+    total = tl.trans(total)
+
+    if SPLITS > 1:
+        unit = tl.program_id(1) * tl.num_programs(0) + tile
+        if not _arrive_last(total, partial_ptr, arrivals_ptr, unit, split, BLOCK_N, ROWS, SPLITS):
+            return
+        total = _add_splits(partial_ptr, unit, BLOCK_N, ROWS, SPLITS)
     extras = bias, gain, residual, squares
     outputs = total_ptr, own_squares_ptr, out_ptr
     _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)

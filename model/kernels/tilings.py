@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from model.kernels.small_linear import Tiling
 
-ROW_CLASSES = (1, 2, 4, 8, 16, 32, 64)
+ROW_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of rows that have a tiling; in between, the next one counts, so that a padded batch has the same launch."""
 
 

@@ -26,6 +26,7 @@ EPS = 1e-6
 FMA = Tiling(form="fma", rows=1, block_n=8, block_k=256, warps=1)
 DOT = Tiling(form="dot", rows=16, block_n=16, block_k=64, warps=4, stages=3)
 HELD = Tiling(form="held", rows=16, block_n=8, block_k=256, warps=4, stages=2)
+WIDE = Tiling(form="wide", rows=64, block_n=16, block_k=64, warps=4, stages=3, block_rows=16)
 TILINGS = [
     *(replace(FMA, rows=rows) for rows in (1, 2, 4)),
     replace(FMA, rows=2, block_k=1024, warps=4),
@@ -38,12 +39,15 @@ TILINGS = [
     replace(DOT, rows=8, block_n=64, block_k=128, prefetch=64),
     replace(DOT, splits=3),
     replace(DOT, rows=8, splits=8),  # of which some have no columns
+    WIDE,
+    replace(WIDE, rows=128, block_n=32, block_k=128, stages=2, block_rows=64),
+    replace(WIDE, rows=32, splits=3),
 ]
 SHAPES = [(24, 512), (18, 328), (6, 72), *([(4096, 4096), (1024, 3072)] if ON_GPU else [])]
 """Weights [n, k] of whole tiles, of ragged ones, and less than one."""
 # Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there.
 TENSOR_CORES = torch.bfloat16 if ON_GPU else torch.float16
-HALF = {"fma": torch.bfloat16, "held": TENSOR_CORES, "dot": TENSOR_CORES}
+HALF = {"fma": torch.bfloat16, "held": TENSOR_CORES, "dot": TENSOR_CORES, "wide": TENSOR_CORES}
 CASES = [(tiling, dtype) for tiling in TILINGS for dtype in (torch.float32, HALF[tiling.form])]
 # In float32, twice as much would have to be held.
 CASES += [(replace(HELD, block_k=2048, warps=8), torch.bfloat16), (replace(HELD, rows=64), torch.bfloat16)] * ON_GPU
