@@ -1,11 +1,13 @@
 """Which tiling of the fused linear kernels is fastest on this GPU: `python -m bench.small_linear --json out.json`.
 
-For every linear layer of the chosen models and 1 to 64 rows, each tiling is timed against what it replaces: cuBLAS and
-the separate norm and SiLU kernels. As in `bench.kernels`, launches over rotated weights that exceed the L2 cache are
-captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
-dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
-each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. For all three models some 500
-kernels are compiled first, in as many processes as there are cores, and some 1,000 launches timed.
+For every linear layer of the chosen models and 1 to 256 rows, each tiling is timed against what it replaces: cuBLAS and
+the separate kernel behind it, a norm with its residual addition or a SiLU. (A layer behind a norm also applies its
+scale, which the separate product need not: its norm is timed with the layer before.) As in `bench.kernels`, launches
+over rotated weights that exceed the L2 cache are captured in a CUDA graph, and the median of its replays is divided by
+the launches. The best are timed again without dependent launch (PDL) and with prefetching, and whole decoder layers in
+a row, where launches of different kinds follow each other. What comes out are entries of `MEASURED` in
+model/kernels/tilings.py. For all three models some 500 kernels are compiled first, in as many processes as there are
+cores, and some 1,000 launches timed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,9 @@ import torch.nn.functional as F
 from bench.provenance import json_file, provenance
 from bench.shapes import write_config
 from model.kernels.activation import silu_and_mul
-from model.kernels.norm import add_rms_norm
+from model.kernels.norm import Normed, Scale, add_rms_norm
 from model.kernels.runtime import triton
-from model.kernels.small_linear import Tiling, small_linear_triton
+from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import ROW_CLASSES, Work, default_tiling
 
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
@@ -56,11 +58,17 @@ class Layer:
     name: str
     n: int
     k: int
-    norm: bool = False
+    scaled: bool = False
+    adds: bool = False
     gated: bool = False
 
-    def work(self, rows: int, *, norm: bool) -> Work:
-        return Work(rows, self.n, self.k, norm, self.gated)
+    def work(self, rows: int) -> Work:
+        return Work(rows, self.n, self.k, self.gated)
+
+    def parts(self, rows: int) -> int:
+        """How many sums of squares a row has in front of this layer, if the one before is cut as it is by default."""
+        before = default_tiling(Work(rows, self.k, self.k)) if self.scaled else None
+        return triton.cdiv(self.k, before.block_n if before else 64)
 
     @property
     def num_bytes(self) -> int:
@@ -69,16 +77,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to launch a layer; where `norm` is False, a norm comes first as a kernel of its own."""
+    """One way to launch a layer."""
 
     tiling: Tiling
-    norm: bool
     pdl: bool = True
 
     def __str__(self) -> str:
         tiling = self.tiling
         text = f"{tiling.form}{tiling.rows} {tiling.block_n}x{tiling.block_k} w{tiling.warps}"
-        text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.form == "dot" else "")
+        text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.splits > 1 else "")
+        text += f" by {tiling.block_rows}" if tiling.block_rows else ""
         return text + (f" prefetch {tiling.prefetch}" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
 
 
@@ -90,10 +98,10 @@ def layers_of(model: str, folder: Path) -> list[Layer]:
     q_dim = config["num_attention_heads"] * config["head_dim"] // tp
     kv_dim = config["num_key_value_heads"] * config["head_dim"] // tp
     return [
-        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, norm=True),
-        Layer(model, "o", hidden, q_dim),
-        Layer(model, "gate_up", 2 * inter, hidden, norm=True, gated=True),
-        Layer(model, "down", hidden, inter),
+        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, scaled=True),
+        Layer(model, "o", hidden, q_dim, adds=True),
+        Layer(model, "gate_up", 2 * inter, hidden, scaled=True, gated=True),
+        Layer(model, "down", hidden, inter, adds=True),
         Layer(model, "lm_head", config["vocab_size"] // tp, hidden),
     ]
 
@@ -104,21 +112,22 @@ def variants_for(layer: Layer, rows: int) -> list[Variant]:
 
 
 def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
-    for norm in {layer.norm, False}:
-        default = default_tiling(layer.work(rows, norm=norm))
-        if default is not None:
-            yield Variant(default, norm)
+    default = default_tiling(layer.work(rows))
+    if default is not None:
+        yield Variant(default)
     if rows <= 4:
         for warps, blocks in ((1, (2, 4)), (2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
             for block_n in blocks:
                 fills = layer.n // block_n >= 120 and 256 * warps < 2 * layer.k
                 if fills and block_n <= (16, 8, 8)[rows // 2] and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
                     for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
-                        yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages), layer.norm)
-    if rows >= 4:
+                        yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages))
+    if rows >= 32:
+        for tiling in _wide_tilings(layer, rows):
+            yield Variant(tiling)
+    if 4 <= rows <= 64:
         for tiling in _held_tilings(layer, max(8, rows)):
-            yield Variant(tiling, norm=False)
-    if rows >= 4:
+            yield Variant(tiling)
         for block_n, block_k, warps, stages in (
             *(((16, 256, 1, 4), (32, 256, 2, 4)) if rows <= 16 else _SMALL_TILES),
             (32, 256, 4, 4 if rows <= 32 else 3),
@@ -131,15 +140,27 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                 fills = 100 <= tiles * splits <= 600 or (splits == 1 and tiles > 600)
                 if not fills or (splits > 1 and tiles > 300) or block_k * splits * 2 > layer.k:
                     continue
-                tiling = Tiling("dot", max(8, rows), block_n, block_k, warps, splits, stages)
-                if rows <= 16:
-                    yield Variant(tiling, layer.norm)
-                if rows > 16 or (layer.norm and rows >= 8):
-                    yield Variant(tiling, norm=False)
+                yield Variant(Tiling("dot", max(8, rows), block_n, block_k, warps, splits, stages))
 
 
 _SMALL_TILES = ((16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3))
 """Of which, with many rows of x beside them, several programs fit on a multiprocessor."""
+
+
+def _wide_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
+    """Return those that fill the GPU, with as many tiles under way as one, two or three programs to each of its
+    multiprocessors have room for."""
+    for block_rows, block_n, block_k, splits in product((64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4)):
+        programs = -(-layer.n // block_n) * -(-rows // block_rows) * splits
+        fills = 64 <= programs <= 300 or (splits == 1 and programs > 300 and block_n >= 64)
+        steps = -(-layer.k // (splits * block_k))
+        if not fills or block_rows > max(rows, 64) or steps < 2:
+            continue
+        tile = 2 * (block_rows + block_n) * block_k
+        for stages in sorted({min(room // tile, steps, 8) for room in (74_000, 110_000, 200_000)}):
+            if stages >= 2 and stages * tile >= 40_000:
+                for warps in (4, 8)[: block_rows // 64]:
+                    yield Tiling("wide", rows, block_n, block_k, warps, splits, stages, block_rows=block_rows)
 
 
 def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
@@ -193,27 +214,25 @@ def draw(*shape: int, std: float = 1.0) -> torch.Tensor:
 
 
 def launch(
-    layer: Layer, variant: Variant, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model does for a layer with the fused kernels; x and residual are added where it has a norm."""
-    options: dict[str, Any] = {"gated": layer.gated, "tiling": variant.tiling, "pdl": variant.pdl}
-    if variant.norm:
-        return small_linear_triton(x, weight, norm=norm, eps=EPS, residual=residual, **options)
-    if layer.norm:
-        with dependent_launches(on=variant.pdl):
-            x, residual = add_rms_norm(x, residual, norm, EPS)
-    return small_linear_triton(x, weight, **options)[0], residual
+    layer: Layer, variant: Variant, normed: Normed, residual: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor
+) -> tuple[Normed, torch.Tensor]:
+    """What the model does for a layer with the fused kernels: return what the next one reads, and the new residual."""
+    options: dict[str, Any] = {"tiling": variant.tiling, "pdl": variant.pdl}
+    if layer.adds:
+        return small_linear_add_norm_triton(normed.x, weight, None, residual, gain, EPS, **options)
+    out = small_linear_triton(normed.x, weight, scale=normed.scale, gated=layer.gated, **options)
+    return Normed(out), residual
 
 
 def launch_separately(
-    layer: Layer, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model does for a layer without them."""
+    layer: Layer, normed: Normed, residual: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor
+) -> tuple[Normed, torch.Tensor]:
+    """What the model does for a layer without them; `normed` needs no scale, or is taken for such."""
     with dependent_launches(on=False):
-        if layer.norm:
-            x, residual = add_rms_norm(x, residual, norm, EPS)
-        out = F.linear(x, weight)
-        return silu_and_mul(out) if layer.gated else out, residual
+        out = F.linear(normed.x, weight)
+        if layer.adds:
+            out, residual = add_rms_norm(out, residual, gain, EPS)
+        return Normed(silu_and_mul(out) if layer.gated else out), residual
 
 
 class Inputs:
@@ -223,27 +242,32 @@ class Inputs:
         self.layer = layer
         sets = sets or max(1, -(-ROTATED_BYTES // layer.num_bytes))
         self.weights = [draw(layer.n, layer.k, std=0.02) for _ in range(sets)]
-        self.x, self._residual = (draw(max(ROW_CLASSES), layer.k) for _ in range(2))
-        self._norm = draw(layer.k)
+        self.x, self._residual = draw(max(ROW_CLASSES), layer.k), draw(max(ROW_CLASSES), layer.n)
+        self._gain, ones = draw(layer.n), torch.ones(layer.k, dtype=DTYPE, device="cuda")
+        self._normed: dict[int, Normed] = {}
+        for rows in ROW_CLASSES:
+            x = self.x[:rows]
+            squares = x.float().square().mean(dim=1, keepdim=True) * layer.k / layer.parts(rows)
+            scale = Scale(squares.repeat(1, layer.parts(rows)), x, ones, EPS)
+            self._normed[rows] = Normed(x, scale if layer.scaled else None)
 
     def launch(self, weight: torch.Tensor, rows: int, variant: Variant) -> torch.Tensor:
-        return launch(self.layer, variant, self.x[:rows], self._residual[:rows], self._norm, weight)[0]
+        return launch(self.layer, variant, self._normed[rows], self._residual[:rows], self._gain, weight)[0].x
 
     def launch_separately(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
-        return launch_separately(self.layer, self.x[:rows], self._residual[:rows], self._norm, weight)[0]
+        return launch_separately(self.layer, self._normed[rows], self._residual[:rows], self._gain, weight)[0].x
 
     def error(self, rows: int, variant: Variant) -> float:
         """Return the relative difference between a launch and the same in float32, over some of the features."""
         weight, layer = self.weights[0], self.layer
-        x = self.x[:rows].float()
-        if layer.norm:
-            x = (self.x[:rows] + self._residual[:rows]).float()
-            x = self._norm * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
+        x = self._normed[rows].finish().float()
         features = layer.n // 2 if layer.gated else layer.n
         picked = torch.arange(features, device="cuda")[:: max(1, features // 1024)]
         expected = x @ weight[picked].float().T
         if layer.gated:
             expected = F.silu(expected) * (x @ weight[features + picked].float().T)
+        if layer.adds:
+            expected = (self._residual[:rows, picked].float() + expected) * self._gain[picked].float()
         out = self.launch(weight, rows, variant)[:, picked].float()
         return float((out - expected).norm() / expected.norm())
 
@@ -305,8 +329,9 @@ def compile_all(wanted: Iterable[Wanted]) -> None:
     for layer, rows, variant in wanted:
         tiling = variant.tiling
         # Whole tiles are read without a mask; those of fma are held all at once where there are no more.
-        tiles = layer.k / (tiling.block_k * (tiling.splits if tiling.form == "dot" else tiling.stages))
-        key = (variant, layer.norm, layer.gated, layer.n % tiling.block_n == 0, tiles.is_integer(), tiles <= 1)
+        tiles = layer.k / (tiling.block_k * (tiling.stages if tiling.form in ("fma", "held") else tiling.splits))
+        beside = (triton.next_power_of_2(layer.parts(rows)) if layer.scaled else 0, layer.adds, layer.gated)
+        key = (variant, *beside, layer.n % tiling.block_n == 0, tiles.is_integer(), tiles <= 1)
         kernels.setdefault(key, (layer, rows, variant))
     chunks: dict[tuple[Layer, int], list[tuple[int, Variant]]] = {}
     for index, (layer, rows, variant) in enumerate(kernels.values()):
@@ -338,7 +363,7 @@ class Result:
         """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
         tiling, k = self.best.tiling, self.layer.k
         ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
-        known = {0, tiling.prefetch} if tiling.form == "held" else {tiling.prefetch}
+        known = {0, tiling.prefetch} if tiling.form in ("held", "wide") else {tiling.prefetch}
         sizes = {0, min(1024, triton.next_power_of_2(ahead))} - known if ahead >= 64 else ()
         prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
         return [replace(self.best, pdl=False), *prefetched]
@@ -346,42 +371,29 @@ class Result:
     @property
     def by_default(self) -> float:
         """What a layer takes that the table does not name."""
-        norms = sorted({self.layer.norm, False}, reverse=True)
-        defaults = [(default_tiling(self.layer.work(self.rows, norm=norm)), norm) for norm in norms]
-        return next((self.times[Variant(tiling, norm)] for tiling, norm in defaults if tiling), self.separate)
+        default = default_tiling(self.layer.work(self.rows))
+        return self.separate if default is None else self.times[Variant(default)]
 
-    def entries(self) -> dict[Work, str]:
-        """The lines of the table. Where a norm is better a kernel of its own, two: behind it, the layer is another."""
-        best, layer = self.best, self.layer
-        us, tiling = self.times[best], best.tiling
-        if self.by_default < 1.03 * min(us, self.separate):
-            return {}
-        pays = us < 0.98 * self.separate
-        entries = {}
-        for norm in sorted({layer.norm, best.norm and pays}, reverse=True):
-            work = layer.work(self.rows, norm=norm)
-            wanted = tiling if pays and norm == best.norm else None
-            if wanted == default_tiling(work):
-                continue
-            fused = "".join(f", {part}=True" for part in ("norm", "gated") if getattr(work, part))
-            comment = (
-                f"{layer.model} {layer.name}: {us:.1f} us, not {self.by_default:.1f}; separate {self.separate:.1f}"
-            )
-            key = f"Work({work.rows}, {work.n}, {work.k}{fused})"
-            entries[work] = f"{key}: {source(wanted) if wanted else None},  # {comment}"
-        return entries
+    def entry(self) -> str | None:
+        """The line of the table, if it lacks one."""
+        layer, work = self.layer, self.layer.work(self.rows)
+        us = self.times[self.best]
+        wanted = self.best.tiling if us < 0.98 * self.separate else None
+        if self.by_default < 1.03 * min(us, self.separate) or wanted == default_tiling(work):
+            return None
+        key = f"Work({work.rows}, {work.n}, {work.k}{', gated=True' if work.gated else ''})"
+        comment = f"{layer.model} {layer.name}: {us:.1f} us, not {self.by_default:.1f}; separate {self.separate:.1f}"
+        return f"{key}: {source(wanted) if wanted else None},  # {comment}"
 
     def report(self) -> dict[str, object]:
-        times = {
-            f"{variant}{'' if variant.norm or not self.layer.norm else ' after norm'}": self.times[variant]
-            for variant in self.ranked
-        }
+        times = {str(variant): self.times[variant] for variant in self.ranked}
         return {**asdict(self.layer), "rows": self.rows, "cublas": self.cublas, "separate": self.separate, "us": times}
 
 
 def source(tiling: Tiling) -> str:
     numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages, tiling.prefetch]
-    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))})'
+    block_rows = f", block_rows={tiling.block_rows}" if tiling.block_rows else ""
+    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))}{block_rows})'
 
 
 def sweep(inputs: Inputs, rows: int) -> Result:
@@ -401,19 +413,19 @@ def time_chain(layers: Sequence[Layer], best: dict[str, Variant], rows: int) -> 
     count = max(4, -(-2 * ROTATED_BYTES // per_layer))
     weights = [[draw(layer.n, layer.k, std=0.02) for layer in layers] for _ in range(count)]
     hidden_size, q_dim = layers[0].k, layers[1].k
-    norm, x = torch.ones(hidden_size, dtype=DTYPE, device="cuda"), draw(rows, hidden_size)
+    gain, x = torch.ones(hidden_size, dtype=DTYPE, device="cuda"), draw(rows, hidden_size)
 
     def run(variants: dict[str, Variant] | None) -> None:
-        hidden, residual = x, x
+        normed, residual = Normed(x), x
         for of_layer in weights:
             for layer, weight in zip(layers, of_layer, strict=True):
                 if layer.name == "o":
-                    hidden = hidden[:, :q_dim].clone()
-                arguments = (hidden, residual, norm, weight)
+                    normed = Normed(normed.x[:, :q_dim].clone())
+                arguments = (normed, residual, gain, weight)
                 if variants is None:
-                    hidden, residual = launch_separately(layer, *arguments)
+                    normed, residual = launch_separately(layer, *arguments)
                 else:
-                    hidden, residual = launch(layer, variants[layer.name], *arguments)
+                    normed, residual = launch(layer, variants[layer.name], *arguments)
 
     without = {name: replace(variant, pdl=False) for name, variant in best.items()}
     times = [time_calls([partial(run, variants)], 1) / count for variants in (None, without, best)]
@@ -456,7 +468,7 @@ def main() -> int:
             result.times |= {variant: inputs.time_variant(result.rows, variant) for variant in result.further()}
         torch.cuda.empty_cache()
     # Layers of several models may have one size; where results differ, the later one stands.
-    entries = {work: line for result in results for work, line in result.entries().items()}
+    entries = {result.layer.work(result.rows): line for result in results if (line := result.entry()) is not None}
     if arguments.json:
         report = provenance("bench.small_linear") | {"torch": torch.__version__, "table": list(entries.values())}
         report |= {"hardware": torch.cuda.get_device_name(), "results": [result.report() for result in results]}

@@ -1,16 +1,17 @@
 """Qwen3, dense: the forward pass of one tensor-parallel rank, from token ids to logits.
 
 Reads like the architecture: pre-norm decoder layers of grouped-query attention with per-head q/k norms and a SwiGLU
-MLP. What a step is about arrives as one explicit `StepInputs`; keys and values live in a cache that the caller owns.
+MLP. The residual stream travels beside what is normed of it. Each norm is given to the projection before it, which adds
+to the stream: it can norm it as well while it has it at hand, and that saves a launch for each norm of a decode step.
+What a step is about arrives as one explicit `StepInputs`; keys and values live in a cache that the caller owns.
 Nothing here waits for the device or depends on the values of tensors, so a decode step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from model.attention import AttentionBackend, CapturedSteps
 from model.config import Qwen3Config
 from model.inputs import StepInputs
+from model.kernels.norm import Normed
 from model.kernels.rope_kv import Projected
 from model.layers import (
     MergedColumnParallelLinear,
@@ -35,7 +37,7 @@ from model.parallel import TensorParallel
 
 
 class Qwen3Attention(nn.Module):
-    """A norm and grouped-query attention over the paged KV cache; q and k are normed per head and rotated first."""
+    """Grouped-query attention over the paged KV cache; q and k are normed per head and rotated first."""
 
     def __init__(
         self,
@@ -76,21 +78,19 @@ class Qwen3Attention(nn.Module):
 
     def forward(
         self,
-        norm: RMSNorm,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
+        normed: Normed,
+        residual: torch.Tensor,
+        next_norm: RMSNorm,
         inputs: StepInputs,
         kv_cache: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden_states, residual), each [tokens, hidden], to the same, behind `norm` of their sum.
+    ) -> tuple[Normed, torch.Tensor]:
+        """Add attention of `normed` to `residual`, both [tokens, hidden]: return (next_norm of the sum, the sum).
 
-        Hidden states beside a residual are this rank's summands, here and everywhere below.
         kv_cache: [2, num_blocks, block_size, kv_heads, head_dim] of this layer.
         """
         key_cache, value_cache = kv_cache.unbind(0)
-        qkv, residual = self.qkv_proj.after(norm, hidden_states, residual)
         projected = Projected(
-            qkv=qkv,
+            qkv=self.qkv_proj(normed),
             q_weight=self.q_norm.weight,
             k_weight=self.k_norm.weight,
             cos_sin=self.rotary_emb.cos_sin,
@@ -102,11 +102,11 @@ class Qwen3Attention(nn.Module):
         if attended is None:
             q = projected.store(inputs.positions, inputs.kv_slots, key_cache, value_cache)
             attended = self.attn.forward(q, key_cache, value_cache, inputs)
-        return self.o_proj(attended.flatten(1)), residual
+        return self.o_proj(attended.flatten(1), residual, next_norm)
 
 
 class Qwen3MLP(nn.Module):
-    """A norm and SwiGLU: down(silu(gate(x)) * up(x)), with gate and up in one projection."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), with gate and up in one projection."""
 
     def __init__(self, config: Qwen3Config, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -119,17 +119,14 @@ class Qwen3MLP(nn.Module):
         )
         self.act_fn = SiluAndMul()
 
-    def forward(
-        self, norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden_states, residual), each [tokens, hidden], to the same, behind `norm` of their sum."""
-        activated, residual = self.gate_up_proj.after(norm, hidden_states, residual, then=self.act_fn)
-        return self.down_proj(activated), residual
+    def forward(self, normed: Normed, residual: torch.Tensor, next_norm: RMSNorm) -> tuple[Normed, torch.Tensor]:
+        """Add the MLP of `normed` to `residual`, both [tokens, hidden]: return (next_norm of the sum, the sum)."""
+        return self.down_proj(self.gate_up_proj(normed, then=self.act_fn), residual, next_norm)
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm. The residual stream travels beside the hidden states, and a norm goes to
-    the projection behind it, so that adding to the stream, norming it and projecting it can be one operation."""
+    """Attention and MLP, each behind a norm. The layer before applies this one's first norm, and this one the first
+    norm of the layer behind it, or the model's last."""
 
     def __init__(
         self,
@@ -144,25 +141,20 @@ class Qwen3DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Qwen3Attention(config, rotary_emb, attention, tp=tp, dtype=dtype, device=device)
         self.mlp = Qwen3MLP(config, tp=tp, dtype=dtype, device=device)
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, tp=tp, dtype=dtype, device=device)
-        self.input_layernorm = norm(sums=Place.MLP)
-        self.post_attention_layernorm = norm(sums=Place.ATTENTION)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
+        normed: Normed,
+        residual: torch.Tensor,
+        next_norm: RMSNorm,
         inputs: StepInputs,
         kv_cache: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (hidden_states, residual), both [tokens, hidden].
-
-        The residual and the sum of all ranks' hidden states together are the layer's output.
-
-        `residual` is None for the first layer, whose hidden states are the embeddings.
-        """
-        hidden_states, residual = self.self_attn(self.input_layernorm, hidden_states, residual, inputs, kv_cache)
-        return self.mlp(self.post_attention_layernorm, hidden_states, residual)
+    ) -> tuple[Normed, torch.Tensor]:
+        """(input_layernorm(residual), residual), both [tokens, hidden], to (next_norm(output), this layer's output)."""
+        normed, residual = self.self_attn(normed, residual, self.post_attention_layernorm, inputs, kv_cache)
+        return self.mlp(normed, residual, next_norm)
 
 
 class Qwen3Model(nn.Module):
@@ -187,16 +179,16 @@ class Qwen3Model(nn.Module):
             Qwen3DecoderLayer(config, self.rotary_emb, attention, tp=tp, dtype=dtype, device=device)
             for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp=tp, sums=Place.MLP, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
 
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after the last norm: [tokens, hidden]."""
-        hidden_states = self.embed_tokens(inputs.token_ids)
-        residual: torch.Tensor | None = None
-        for layer, layer_cache in zip(self.layers, kv_cache.unbind(0), strict=True):
-            hidden_states, residual = layer(hidden_states, residual, inputs, layer_cache)
-        hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        residual = self.embed_tokens(inputs.token_ids)
+        norms: list[Any] = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        normed = Normed(norms[0](residual))
+        for layer, next_norm, layer_cache in zip(self.layers, norms[1:], kv_cache.unbind(0), strict=True):
+            normed, residual = layer(normed, residual, next_norm, inputs, layer_cache)
+        return normed.finish()
 
 
 class Qwen3ForCausalLM(nn.Module):

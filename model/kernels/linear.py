@@ -1,8 +1,8 @@
 """Linear layers with what stands around them, and the one place that decides in how many launches.
 
-In steps of few rows, a norm with its residual addition, the product and the SiLU gate may be one launch
-(`small_linear`); how it is cut, and whether it pays, stands in `tilings`. Everything else, and anything on the CPU, is
-one operation after another.
+In steps of few rows, a product and the SiLU gate may be one launch, and so may a product, the residual addition and the
+norm behind it, but for a scale that the next product applies (`small_linear`); how such a launch is cut, and whether it
+pays, stands in `tilings`. Everything else, and anything on the CPU, is one operation after another.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from model.kernels import packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.dependent import dependent_launch
-from model.kernels.norm import add_rms_norm, rms_norm
+from model.kernels.norm import Normed, add_rms_norm
 from model.kernels.runtime import use_triton, wanted
-from model.kernels.small_linear import Tiling, small_linear_triton
+from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import tiling_for
 
 _ROWS_WITHOUT_PDL = 4
@@ -22,67 +22,60 @@ _ROWS_WITHOUT_PDL = 4
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    gated: bool = False,
-    out: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return x @ weight.T + bias, and with `gated` silu of its first half of features times the second half.
+    """Return x @ weight.T + bias.
 
     x: [rows, k], contiguous. weight: [n, k], or as `packed.pack` made it. bias: [n]. `out` is where the result goes if
     nothing speaks against it.
     """
-    tiling = _tiling(x, weight, norm=False, gated=gated)
+    tiling = _tiling(x, weight)
     if tiling is not None:
-        pdl = bool(dependent_launch(x))
-        return small_linear_triton(x, weight, bias, gated=gated, out=out, tiling=tiling, pdl=pdl)[0]
-    if gated:
-        return silu_and_mul(packed.linear(x, weight, bias))
+        return small_linear_triton(x, weight, bias, out=out, tiling=tiling, pdl=bool(dependent_launch(x)))
     return packed.linear(x, weight, bias, out=out)
 
 
 def norm_linear(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    gated: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (linear(rms_norm(x + residual)), x + residual), the sum being x itself where `residual` is None.
-
-    x, residual: [rows, k]. norm: [k], with `eps`. weight, bias, gated: as for `linear`. Inputs are not written.
-    """
-    tiling = _tiling(x, weight, norm=True, gated=gated)
+    normed: Normed, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False
+) -> torch.Tensor:
+    """Return `linear` of rows behind a norm; with `gated` silu of its first half of features times the second half."""
+    x = normed.x
+    tiling = _tiling(x, weight, gated=gated)
     if tiling is not None:
-        return small_linear_triton(
-            x,
-            weight,
-            bias,
-            norm=norm,
-            eps=eps,
-            residual=residual,
-            gated=gated,
-            tiling=tiling,
-            pdl=bool(dependent_launch(x)),
-        )
-    if residual is None:
-        normed, total = rms_norm(x, norm, eps), x
-    else:
-        normed, total = add_rms_norm(x, residual, norm, eps)
-    return linear(normed, weight, bias, gated=gated), total
+        pdl = bool(dependent_launch(x))
+        return small_linear_triton(x, weight, bias, scale=normed.scale, gated=gated, tiling=tiling, pdl=pdl)
+    product = packed.linear(normed.finish(), weight, bias)
+    return silu_and_mul(product) if gated else product
 
 
-def _tiling(x: torch.Tensor, weight: torch.Tensor, *, norm: bool, gated: bool) -> Tiling | None:
+def linear_add_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+) -> tuple[Normed, torch.Tensor]:
+    """Return (rms_norm(residual + linear(x), gain, eps), residual + linear(x)).
+
+    x, weight, bias: as for `linear`. residual: [rows, n]. gain: [n]. Inputs are not written.
+    """
+    tiling = _tiling(x, weight)
+    if tiling is not None:
+        pdl = bool(dependent_launch(x))
+        return small_linear_add_norm_triton(x, weight, bias, residual, gain, eps, tiling=tiling, pdl=pdl)
+    normed, total = add_rms_norm(packed.linear(x, weight, bias), residual, gain, eps)
+    return Normed(normed), total
+
+
+def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Tiling | None:
     """How to compute a layer in one launch; None where that is not to be done."""
     if not _wants_small_linear(x):
         return None
     rows, (n, k) = x.shape[0], weight.shape
-    return tiling_for(rows, n, k, norm=norm, gated=gated)
+    tiling = tiling_for(rows, n, k, gated=gated)
+    by_descriptors = tiling is not None and tiling.form == "wide"
+    return tiling if not by_descriptors or wanted("tensor_descriptors") else None
 
 
 def _wants_small_linear(x: torch.Tensor) -> bool:

@@ -5,10 +5,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.runtime import jit, tl, triton, use_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What is left to do of a norm of `total`: to multiply total * gain, or products with that, by 1 / rms of a row.
+
+    squares: [rows, parts] float32, of each row the sums of the squares of its parts, in no matter which order.
+    total: [rows, d]. gain: [d], the norm's weight.
+    """
+
+    squares: torch.Tensor
+    total: torch.Tensor
+    gain: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """Rows behind a norm, as a projection takes them: it may have to scale what it makes of them.
+
+    x: [rows, d], normed; or with `scale` total * gain, rounded once.
+    """
+
+    x: torch.Tensor
+    scale: Scale | None = None
+
+    def finish(self) -> torch.Tensor:
+        """Return the normed rows, for those who do not scale."""
+        if self.scale is None:
+            return self.x
+        return rms_norm(self.scale.total, self.scale.gain, self.scale.eps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,19 +1,27 @@
-"""Linear layers of few rows, which read every weight once and compute what stands around them in the same launch.
+"""Linear layers of few rows, which compute what stands around them in the same launch.
 
-A decode step of up to 16 rows is bound by reading the weights, and for small models by the number of launches. So one
-launch here is a linear layer with the RMSNorm before it (and the residual addition before that), or with the SiLU gate
-after it, each part optional.
+A decode step of up to some 256 rows is bound by reading the weights, and for small models by the number of launches. So
+one launch here is a linear layer with the SiLU gate after it, or with the residual addition after it and most of the
+RMSNorm after that, each part optional.
 
-There are three kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
+No program has a whole row of the sum, so that none can norm it: each stores total * gain of its features, and for each
+row the sum of the squares of its totals. Whoever multiplies total * gain next adds up those partial sums while the
+products are computed, and multiplies them by 1 / rms (`model.kernels.norm.Scale`). Each partial sum has a place of its
+own, and they are added in a fixed order.
+
+There are four kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *held* multiplies on the tensor cores, each warp its part of the reduction; a program
-holds its weight rows whole, so they must be short, and norms nothing. *dot* does so for long ones, with the weight as
-the left operand, so that the rows of x are the narrow side; it may split the reduction over several programs, the last
-of which to arrive adds up the partial sums of all in a fixed order and leaves the counter as it found it.
+holds its weight rows whole, so they must be short. *dot* does so for long ones, with the weight as the left operand, so
+that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
+adds up the partial sums of all in a fixed order and leaves the counter as it found it. *wide* is for 17 rows and more,
+which several programs share for the same weight rows; tiles of x and of the weight come by tensor descriptors, so it is
+for GPUs that have a tensor memory accelerator (and may split the reduction too).
 
-Rounding is that of the separate operations, with one exception: 1 / rms(x) is applied to the sums instead of to x, so
-that x is read once. What is multiplied is then gain * x, which for tensor cores is rounded once where the norm rounds
-twice, and for *fma* not at all. The bits of a row depend on its values, the weights and the tiling alone: not on other
-rows, nor on which program arrives last.
+Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before:
+the total is, as it is stored, and its rounded elements are what is squared and what is multiplied by the gain. And that
+product is rounded once, where the norm rounds twice, since 1 / rms is applied to float32 products behind it (before the
+bias and the gate). The bits of a row depend on its values, the weights and the tilings alone: not on other rows, nor on
+which program arrives last.
 
 The first weights are requested before the kernel waits for its inputs (`model.kernels.dependent`); `Tiling.prefetch`
 tells how many more. Which layers use these kernels, and how they are cut, is for `model.kernels.linear` to say.
@@ -27,17 +35,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
-from model.kernels.norm import rms_norm_torch
+from model.kernels.norm import Normed, Scale, add_rms_norm_torch
 from model.kernels.runtime import jit, jit_once, tl, triton
 
-_MAX_SPLIT_TILES = 4096
+_MAX_SPLIT_UNITS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +55,14 @@ class Tiling:
     A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for the others. A tile is `block_n`
     weight rows (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256
     columns for each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under
-    way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot). `splits`
-    programs share the reduction of one row block (dot only). With dependent launch, `prefetch` columns of each weight
-    row (fma: beyond those in registers; held: none), a power of two from 64 or none, are requested into the L2 cache
-    ahead of everything else.
+    way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot, wide).
+    `splits` programs share the reduction of the same features (dot, wide). A program of wide has `block_rows` of the
+    rows, of the others all. With dependent launch, `prefetch` columns of each weight row (fma: beyond those in
+    registers; held, wide: none), a power of two from 64 or none, are requested into the L2 cache ahead of everything
+    else.
     """
 
-    form: Literal["fma", "held", "dot"]
+    form: Literal["fma", "held", "dot", "wide"]
     rows: int
     block_n: int
     block_k: int
@@ -61,6 +70,7 @@ class Tiling:
     splits: int = 1
     stages: int = 1
     prefetch: int = 0
+    block_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.form == "fma":
@@ -72,21 +82,33 @@ def small_linear_torch(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
+    scale: Scale | None = None,
     gated: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (act(norm(x + residual) @ weight.T + bias), x + residual), each part where it is given.
+) -> torch.Tensor:
+    """Return act(x @ weight.T + bias), with `scale` of the norm that it belongs to instead of x.
 
-    x, residual: [rows, k]; their sum is rounded to the dtype before it is normed, and is x itself without `residual`.
-    norm: [k], the weight of an RMSNorm with `eps`. weight: [n, k], bias: [n]. With `gated` the first n / 2 features are
-    gates and the others ups, and act is silu(gate) * up. The first result: [rows, n], or [rows, n / 2] with `gated`.
-    Inputs are not written.
+    x: [rows, k], and with `scale` one that is still to be scaled. weight: [n, k], bias: [n]. With `gated` the first
+    n / 2 features are gates and the others ups, and act is silu(gate) * up. The result: [rows, n], or [rows, n / 2]
+    with `gated`. Inputs are not written.
     """
-    total = x if residual is None else x + residual
-    out = F.linear(total if norm is None else rms_norm_torch(total, norm, eps), weight, bias)
-    return silu_and_mul_torch(out) if gated else out, total
+    out = F.linear(Normed(x, scale).finish(), weight, bias)
+    return silu_and_mul_torch(out) if gated else out
+
+
+def small_linear_add_norm_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+) -> tuple[Normed, torch.Tensor]:
+    """Return (rms_norm(total, gain, eps), total), where total is residual + x @ weight.T + bias, rounded.
+
+    x: [rows, k]. weight: [n, k], bias: [n]. residual: [rows, n]. gain: [n]. Inputs are not written.
+    """
+    normed, total = add_rms_norm_torch(F.linear(x, weight, bias), residual, gain, eps)
+    return Normed(normed), total
 
 
 def small_linear_triton(
@@ -94,112 +116,140 @@ def small_linear_triton(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
+    scale: Scale | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
     tiling: Tiling,
     pdl: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `small_linear_torch`, for as many rows as the tiling takes, k divisible by 8, and a residual only with a norm.
+) -> torch.Tensor:
+    """As `small_linear_torch`, for as many rows as the tiling takes, and k divisible by 8.
 
-    The first result is written to `out`, contiguous and of its shape and dtype, where that is given.
+    The result is written to `out`, contiguous and of its shape and dtype, where that is given.
     `pdl` makes it a dependent launch, for which a GPU of compute capability 9 or later is needed.
     """
-    rows, (n, k) = x.shape[0], weight.shape
-    assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
-    assert residual is None or norm is not None, "a residual is added for a norm"
-    assert all(t.is_contiguous() for t in (x, weight, residual, out) if t is not None), "tensors must be contiguous"
-    assert k % 8 == 0, f"rows of {k} elements are not aligned"
     if out is None:
-        out = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(x)
-    # A pointer that nothing is read through stands for what is not given.
-    bias_or_x = x if bias is None else bias
-    pointers = (
-        x,
-        x if residual is None else residual,
-        x if norm is None else norm,
-        weight,
-        bias_or_x,
-        out,
-        total,
-    )
-    parts = {"ADD": residual is not None, "NORM": norm is not None, "BIAS": bias is not None, "GATED": gated}
-    launch = {"num_warps": tiling.warps, "num_stages": tiling.stages} | ({"launch_pdl": True} if pdl else {})
+        n = weight.shape[0]
+        out = torch.empty((x.shape[0], n // 2 if gated else n), dtype=x.dtype, device=x.device)
+    _launch(x, weight, bias, out, scale=scale, gated=gated, tiling=tiling, pdl=pdl)
+    return out
+
+
+def small_linear_add_norm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    *,
+    tiling: Tiling,
+    pdl: bool = False,
+) -> tuple[Normed, torch.Tensor]:
+    """As `small_linear_add_norm_torch`, on the terms of `small_linear_triton`; what is normed is still to be scaled."""
+    scaled, total = torch.empty_like(residual), torch.empty_like(residual)
+    tiles = triton.cdiv(weight.shape[0], tiling.block_n)
+    squares = torch.empty((x.shape[0], tiles), dtype=torch.float32, device=x.device)
+    _launch(x, weight, bias, scaled, added=(residual, gain, total, squares), tiling=tiling, pdl=pdl)
+    return Normed(scaled, Scale(squares, total, gain, eps)), total
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    scale: Scale | None = None,
+    added: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    gated: bool = False,
+    tiling: Tiling,
+    pdl: bool,
+) -> None:
+    """Launch a kernel; `added` is the residual and the gain to read, the totals and the sums of squares to write."""
+    rows, (n, k) = x.shape[0], weight.shape
+    nothing = x  # a pointer that nothing is read through stands for what is not given
+    squares = nothing if scale is None else scale.squares
+    stream = (nothing,) * 4 if added is None else added
+    assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
+    assert all(t.is_contiguous() for t in (x, weight, squares, *stream, out)), "tensors must be contiguous"
+    assert k % 8 == 0, f"rows of {k} elements are not aligned"
+    parts = 0 if scale is None else squares.shape[1]
     tiles = triton.cdiv(n, tiling.block_n)
+    arguments = (x, weight, nothing if bias is None else bias, squares, *stream, out)
+    numbers = (0.0 if scale is None else scale.eps, rows, n, k, parts)
+    options = {
+        "ROWS": tiling.rows,
+        "BLOCK_N": tiling.block_n,
+        "STAGES": tiling.stages,
+        "EVEN_N": n % tiling.block_n == 0,
+        "PDL": pdl,
+        "BIAS": bias is not None,
+        "ADD": added is not None,
+        "SQUARES": triton.next_power_of_2(parts) if parts else 0,
+        "GATED": gated,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
+    if pdl:
+        options["launch_pdl"] = True
+    prefetching = {"PREFETCH": tiling.prefetch if pdl else 0, "LANES": 32 * tiling.warps}
     if tiling.form == "fma":
         _fma_kernel[(tiles,)](
-            *pointers,
-            eps,
-            rows,
-            n,
-            k,
-            ROWS=tiling.rows,
-            BLOCK_N=tiling.block_n,
+            *arguments,
+            *numbers,
             BLOCK_K=tiling.block_k,
-            STAGES=tiling.stages,
             WHOLE=k <= tiling.block_k * tiling.stages,
-            EVEN_N=n % tiling.block_n == 0,
             EVEN_K=k >= tiling.block_k * tiling.stages,
-            PREFETCH=tiling.prefetch if pdl else 0,
-            LANES=32 * tiling.warps,
-            PDL=pdl,
-            **parts,
-            **launch,
+            **prefetching,
+            **options,
         )
-        return out, total
-    if tiling.form == "held":
-        assert norm is None, "held does not norm"
+    elif tiling.form == "held":
         assert k <= tiling.block_k * tiling.stages, f"{k} columns are too many for {tiling}"
         _held_kernel[(tiles,)](
-            x,
-            weight,
-            bias_or_x,
-            out,
-            rows,
-            n,
-            k,
-            ROWS=tiling.rows,
-            BLOCK_N=tiling.block_n,
+            *arguments,
+            *numbers,
             PARTS=tiling.warps,
             PART=tiling.block_k // tiling.warps,
-            STAGES=tiling.stages,
-            EVEN_N=n % tiling.block_n == 0,
             EVEN_K=k == tiling.block_k * tiling.stages,
-            PDL=pdl,
-            BIAS=bias is not None,
-            GATED=gated,
-            **launch,
+            **options,
         )
-        return out, total
-    splits = tiling.splits
-    shape = (tiles, splits, tiling.rows) if splits > 1 else (0, 0, 0)
-    assert splits == 1 or tiles <= _MAX_SPLIT_TILES, f"{tiles} row blocks are too many to be split"
-    _dot_kernel[(tiles, splits)](
-        *pointers,
-        torch.empty((*shape, tiling.block_n), dtype=torch.float32, device=x.device),
-        torch.empty(shape, dtype=torch.float32, device=x.device),
-        _arrivals(x.device),
-        eps,
-        rows,
-        n,
-        k,
-        ROWS=tiling.rows,
-        BLOCK_N=tiling.block_n,
-        BLOCK_K=tiling.block_k,
-        SPLITS=splits,
-        EVEN_N=n % tiling.block_n == 0,
-        EVEN_K=k % (tiling.block_k * splits) == 0,
-        STAGES=tiling.stages,
-        PREFETCH=tiling.prefetch if pdl else 0,
-        LANES=32 * tiling.warps,
-        PDL=pdl,
-        **parts,
-        **launch,
-    )
-    return out, total
+    elif tiling.form == "dot":
+        _dot_kernel[(tiles, tiling.splits)](
+            *arguments,
+            *_split_memory(tiles, tiling.splits, tiling.rows * tiling.block_n, x.device),
+            *numbers,
+            BLOCK_K=tiling.block_k,
+            SPLITS=tiling.splits,
+            EVEN_K=k % (tiling.block_k * tiling.splits) == 0,
+            **prefetching,
+            **options,
+        )
+    else:
+        blocks = triton.cdiv(rows, tiling.block_rows)
+        _wide_kernel[(tiles, blocks, tiling.splits)](
+            _tiles_of(x, tiling.block_rows, tiling.block_k),
+            _tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
+            *arguments[2:],
+            *_split_memory(tiles * blocks, tiling.splits, tiling.block_rows * tiling.block_n, x.device),
+            *numbers,
+            BLOCK_K=tiling.block_k,
+            SPLITS=tiling.splits,
+            **options | {"ROWS": tiling.block_rows},
+        )
+
+
+def _tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """Describe a contiguous matrix as tiles, of which a kernel asks for one at a time: zeros outside of the matrix."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def _split_memory(units: int, splits: int, elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where splits of so many units of so many elements leave their parts, and counters of those that have."""
+    assert splits == 1 or units <= _MAX_SPLIT_UNITS, f"{units} units are too many to be split"
+    shape = (units, splits, elements) if splits > 1 else (0,)
+    return torch.empty(shape, dtype=torch.float32, device=device), _arrivals(device)
 
 
 @cache
@@ -208,7 +258,7 @@ def _arrivals(device: torch.device) -> torch.Tensor:
 
     Kernels of one device run in stream order here; two streams with split launches at a time would need two of these.
     """
-    return torch.zeros(_MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+    return torch.zeros(_MAX_SPLIT_UNITS, dtype=torch.int32, device=device)
 
 
 @jit
@@ -256,51 +306,107 @@ def _prefetch(
 
 
 @jit
+def _load_features(
+    pointer,  # [n]
+    feature,
+    n,
+    WANTED: tl.constexpr,
+):
+    """Load what a weight has for each feature, [BLOCK_N] float32; if not WANTED return what nothing is done with."""
+    of_features = tl.zeros([1], tl.float32)
+    if WANTED:
+        of_features = tl.load(pointer + feature, mask=feature < n, other=0.0).to(tl.float32)
+    return of_features
+
+
+@jit
+def _request(
+    residual_ptr,
+    squares_ptr,
+    feature,
+    row,
+    rows,
+    n,
+    parts,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """Load what is applied to the products, which can be on its way while they are computed: for `_finish`."""
+    residual = tl.zeros([1], tl.float32)
+    squares = tl.zeros([1], tl.float32)
+    if ADD:
+        inside = (feature < n)[:, None] & (row < rows)[None, :]
+        residual = tl.load(residual_ptr + row[None, :] * n + feature[:, None], mask=inside, other=0.0)
+    if SQUARES > 0:
+        part = tl.arange(0, SQUARES)
+        inside = (row < rows)[:, None] & (part < parts)[None, :]
+        squares = tl.load(squares_ptr + row[:, None] * parts + part[None, :], mask=inside, other=0.0)
+    return residual, squares
+
+
+@jit
 def _finish(
     total,  # [BLOCK_N, ROWS] float32
+    extras,  # bias and gain [BLOCK_N] float32, residual [BLOCK_N, ROWS], squares [ROWS, SQUARES] float32
     tile,
     feature,  # [BLOCK_N]
     row,  # [ROWS]
-    bias_ptr,
-    out_ptr,
+    outputs,  # total_ptr, own_squares_ptr, out_ptr
+    eps,
     rows,
     n,
+    k,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Apply what comes after the product and store it, rounding where the separate operations do."""
+    """Apply what comes after the product and store it, rounding where the module says."""
+    bias, gain, residual, squares = extras
+    total_ptr, own_squares_ptr, out_ptr = outputs
     dtype = out_ptr.dtype.element_ty
+    column = feature
+    width = n
+    if SQUARES > 0:
+        total *= tl.rsqrt(tl.sum(squares, axis=1) / k + eps)[None, :]
     if BIAS:
-        total += tl.load(bias_ptr + feature, mask=feature < n, other=0.0).to(tl.float32)[:, None]
+        total += bias[:, None]
     if GATED:
         pairs = tl.permute(tl.reshape(total.to(dtype).to(tl.float32), (BLOCK_N // 2, 2, ROWS)), (0, 2, 1))
         gate, up = tl.split(pairs)
         total = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
         column = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         width = n // 2
-    else:
-        column = feature
-        width = n
     offsets = row.to(tl.int64)[None, :] * width + column[:, None]
     mask = (column < width)[:, None] & (row < rows)[None, :]
+    if ADD:
+        rounded = (total + residual.to(tl.float32)).to(dtype)
+        tl.store(total_ptr + offsets, rounded, mask=mask)
+        total = rounded.to(tl.float32)
+        own = own_squares_ptr + row * tl.num_programs(0) + tile
+        tl.store(own, tl.sum(total * total, axis=0), mask=row < rows)
+        total *= gain[:, None]
     tl.store(out_ptr + offsets, total.to(dtype), mask=mask)
 
 
 @jit_once("rows")
 def _fma_kernel(
     x_ptr,  # [rows, k]
-    residual_ptr,  # [rows, k], read only with ADD
-    norm_ptr,  # [k], read only with NORM
     weight_ptr,  # [n, k]
     bias_ptr,  # [n], read only with BIAS
+    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
+    residual_ptr,  # [rows, n], read only with ADD
+    gain_ptr,  # [n], read only with ADD
+    total_ptr,  # [rows, n], written only with ADD
+    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
-    total_ptr,  # [rows, k], written only with ADD
     eps,
     rows,
     n,
     k,
+    parts,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -311,9 +417,9 @@ def _fma_kernel(
     PREFETCH: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """One program: BLOCK_N features of every row. It holds STAGES tiles of the weight, with WHOLE all there are."""
@@ -321,106 +427,76 @@ def _fma_kernel(
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
     _prefetch(weight_ptr, feature, n, k, STAGES * BLOCK_K, k, BLOCK_N, LANES, 0 if WHOLE else PREFETCH)
+    row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_K)
     weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
     owned = (feature < n)[:, None]
     held = ()
-    gains = ()
     for stage in tl.static_range(STAGES):
         here = stage * BLOCK_K + column
         held = held + (_load_tile(weights + stage * BLOCK_K, owned, here[None, :], k, EVEN_N, EVEN_K),)
-        gains = gains + (_load_gain(norm_ptr, here, k, NORM),)
+    bias = _load_features(bias_ptr, feature, n, BIAS)
+    gain = _load_features(gain_ptr, feature, n, ADD)
     sums = ()
-    squares = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)
-        squares = squares + (tl.zeros([1, BLOCK_K // 8], tl.float32),)
     wait(PDL)
 
+    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
     if WHOLE:
         xs = ()
         for stage in tl.static_range(STAGES):
-            rows_of = _load_rows(x_ptr, residual_ptr, rows, stage * BLOCK_K + column, k, ROWS, ADD)
-            xs = xs + (rows_of,)
+            xs = xs + (_load_rows(x_ptr, rows, stage * BLOCK_K + column, k, ROWS),)
+        if rows == 0:  # a branch, before which the compiler asks for all of that, not only for what is multiplied first
+            return
         for stage in tl.static_range(STAGES):
-            sums, squares = _multiply(sums, squares, held[stage], gains[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K, NORM)
-        for stage in tl.static_range(STAGES):
-            _store_rows(xs[stage], total_ptr, tile, rows, stage * BLOCK_K + column, k, ROWS, ADD)
+            sums = _multiply(sums, held[stage], xs[stage], ROWS, BLOCK_N, BLOCK_K)
     else:
         for start in range(0, k, STAGES * BLOCK_K):
             next_held = ()
-            next_gains = ()
             for stage in tl.static_range(STAGES):
-                here = start + stage * BLOCK_K + column
-                x = _load_rows(x_ptr, residual_ptr, rows, here, k, ROWS, ADD)
-                sums, squares = _multiply(sums, squares, held[stage], gains[stage], x, ROWS, BLOCK_N, BLOCK_K, NORM)
+                x = _load_rows(x_ptr, rows, start + stage * BLOCK_K + column, k, ROWS)
+                sums = _multiply(sums, held[stage], x, ROWS, BLOCK_N, BLOCK_K)
                 # Into the registers of what was just used, while the other stages are still on their way.
                 ahead = start + (STAGES + stage) * BLOCK_K
                 tile_ahead = _load_tile(weights + ahead, owned, (ahead + column)[None, :], k, EVEN_N, False)
                 next_held = next_held + (tile_ahead,)
-                next_gains = next_gains + (_load_gain(norm_ptr, ahead + column, k, NORM),)
-                _store_rows(x, total_ptr, tile, rows, here, k, ROWS, ADD)
             held = next_held
-            gains = next_gains
     total = _reduce(sums, BLOCK_N, ROWS)
-    if NORM:
-        total *= tl.rsqrt(_reduce(squares, 1, ROWS) / k + eps)
-    _finish(total, tile, feature, tl.arange(0, ROWS), bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)
+    extras = bias, gain, residual, squares
+    outputs = total_ptr, own_squares_ptr, out_ptr
+    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)
 
 
 @jit
-def _load_rows(x_ptr, residual_ptr, rows, column, k, ROWS: tl.constexpr, ADD: tl.constexpr):
-    """Load columns of x, or of x + residual: ROWS of [BLOCK_K] float32, zeros outside of it."""
-    dtype = x_ptr.dtype.element_ty
+def _load_rows(x_ptr, rows, column, k, ROWS: tl.constexpr):
+    """Load columns of x: ROWS of [BLOCK_K] float32, zeros outside of it."""
     xs = ()
     for r in tl.static_range(ROWS):
-        xs = xs + (_load_row(x_ptr, r, rows, column, k),)
-    if ADD:
-        totals = ()
-        for r in tl.static_range(ROWS):
-            total = xs[r] + _load_row(residual_ptr, r, rows, column, k)
-            totals = totals + (total.to(dtype).to(tl.float32),)
-        xs = totals
+        is_row = r + tl.arange(0, 1) < rows
+        xs = xs + (tl.load(x_ptr + r * k + column, mask=is_row & (column < k), other=0.0).to(tl.float32),)
     return xs
-
-
-@jit
-def _store_rows(xs, total_ptr, tile, rows, column, k, ROWS: tl.constexpr, ADD: tl.constexpr):
-    """With ADD, store columns of x + residual, which every program has: each row is written by one of them."""
-    if ADD:
-        for r in tl.static_range(ROWS):
-            width = tl.where((r < rows) & (tile == r % tl.num_programs(0)), k, 0)
-            tl.store(total_ptr + r * k + column, xs[r].to(total_ptr.dtype.element_ty), mask=column < width)
 
 
 @jit
 def _multiply(
     sums,  # ROWS of [BLOCK_N, BLOCK_K / 8] float32
-    squares,  # ROWS of [1, BLOCK_K / 8] float32
     weight,  # [BLOCK_N, BLOCK_K]
-    gain,  # [BLOCK_K] float32, used with NORM
     xs,  # ROWS of [BLOCK_K] float32
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
 ):
-    """Return `sums` and `squares` with those of one tile added.
+    """Return `sums` with those of one tile added.
 
     Eight neighbours lie in one thread, which adds them up without asking others.
     """
     wide = weight.to(tl.float32)
     new_sums = ()
-    new_squares = ()
     for r in tl.static_range(ROWS):
-        x = xs[r]
-        if NORM:
-            of_row = tl.sum(tl.reshape(x * x, (1, BLOCK_K // 8, 8)), axis=2)
-            new_squares = new_squares + (squares[r] + of_row,)
-            x = x * gain
-        products = tl.reshape(wide * x[None, :], (BLOCK_N, BLOCK_K // 8, 8))
+        products = tl.reshape(wide * xs[r][None, :], (BLOCK_N, BLOCK_K // 8, 8))
         new_sums = new_sums + (sums[r] + tl.sum(products, axis=2),)
-    return new_sums, (new_squares if NORM else squares)
+    return new_sums
 
 
 @jit
@@ -437,22 +513,6 @@ def _reduce(
     else:
         joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
     return tl.reshape(tl.sum(joined, axis=1), (N, ROWS))
-
-
-@jit
-def _load_row(x_ptr, r, rows, column, k):
-    """Load columns of one row of x, [BLOCK_K] float32: zeros outside of it."""
-    is_row = r + tl.arange(0, 1) < rows
-    return tl.load(x_ptr + r * k + column, mask=is_row & (column < k), other=0.0).to(tl.float32)
-
-
-@jit
-def _load_gain(norm_ptr, column, k, NORM: tl.constexpr):
-    """Load columns of the norm's weight, [BLOCK_K] float32; without NORM return what nothing is done with."""
-    gain = tl.zeros([1], tl.float32)
-    if NORM:
-        gain = tl.load(norm_ptr + column, mask=column < k, other=0.0).to(tl.float32)
-    return gain
 
 
 @jit
@@ -474,10 +534,17 @@ def _held_kernel(
     x_ptr,  # [rows, k]
     weight_ptr,  # [n, k]
     bias_ptr,  # [n], read only with BIAS
+    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
+    residual_ptr,  # [rows, n], read only with ADD
+    gain_ptr,  # [n], read only with ADD
+    total_ptr,  # [rows, n], written only with ADD
+    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    eps,
     rows,
     n,
     k,
+    parts,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
@@ -487,6 +554,8 @@ def _held_kernel(
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """One program: BLOCK_N features of every row. It holds all STAGES tiles of the weight before it looks at x.
@@ -509,8 +578,11 @@ def _held_kernel(
     for stage in tl.static_range(STAGES):
         here = (stage * PARTS * PART + column)[:, :, None]
         held = held + (_load_tile(weights + stage * PARTS * PART, owned, here, k, EVEN_N, EVEN_K),)
+    bias = _load_features(bias_ptr, feature, n, BIAS)
+    gain = _load_features(gain_ptr, feature, n, ADD)
     wait(PDL)
 
+    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
     xs = (tl.load(x_ptr + offsets, mask=is_row & (column < k)[:, None, :], other=0.0),)
     products = tl.zeros([PARTS, ROWS, BLOCK_N], tl.float32)
     for stage in tl.static_range(STAGES):
@@ -520,48 +592,42 @@ def _held_kernel(
             xs = xs + (tl.load(x_ptr + offsets + ahead, mask=is_row & inside, other=0.0),)
         products = tl.dot(xs[stage], held[stage], products, input_precision="ieee")
     total = tl.trans(tl.sum(products, axis=0))
-    _finish(total, tile, feature, row, bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)
-
-
-@jit
-def _load_total(x_ptr, residual_ptr, offsets, mask, ADD: tl.constexpr):
-    """Load a tile of x, or of x + residual rounded to their dtype: zeros where the mask is not."""
-    total = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    if ADD:
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
-        total = (total.to(tl.float32) + residual.to(tl.float32)).to(total.dtype)
-    return total
+    extras = bias, gain, residual, squares
+    outputs = total_ptr, own_squares_ptr, out_ptr
+    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)
 
 
 @jit_once("rows")
 def _dot_kernel(
     x_ptr,  # [rows, k]
-    residual_ptr,  # [rows, k], read only with ADD
-    norm_ptr,  # [k], read only with NORM
     weight_ptr,  # [n, k]
     bias_ptr,  # [n], read only with BIAS
+    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
+    residual_ptr,  # [rows, n], read only with ADD
+    gain_ptr,  # [n], read only with ADD
+    total_ptr,  # [rows, n], written only with ADD
+    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
-    total_ptr,  # [rows, k], written only with ADD
     partial_ptr,  # [tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
-    squares_ptr,  # [tiles, SPLITS, ROWS] float32, where SPLITS > 1 and NORM
     arrivals_ptr,  # [tiles] int32, zeros before and after
     eps,
     rows,
     n,
     k,
+    parts,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """One program: BLOCK_N features of every row, over one of SPLITS parts of the reduction."""
@@ -578,45 +644,137 @@ def _dot_kernel(
     row = tl.arange(0, ROWS)
     weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
     offsets = row[:, None] * k + column[None, :]
+    bias = _load_features(bias_ptr, feature, n, BIAS)
+    gain = _load_features(gain_ptr, feature, n, ADD)
     wait(PDL)
 
+    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         weight = _load_tile(weights + start, owned, (start + column)[None, :], k, EVEN_N, EVEN_K)
-        inside = start + column < k
-        mask = (row < rows)[:, None] & inside[None, :]
-        x = _load_total(x_ptr, residual_ptr, offsets + start, mask, ADD)
-        if ADD:
-            # Every program has the sum; each part of it is written by one of them.
-            written = tl.where(tile == (start // BLOCK_K) % tl.num_programs(0), rows, 0)
-            tl.store(total_ptr + offsets + start, x, mask=(row < written)[:, None] & inside[None, :])
-        if NORM:
-            gain = tl.load(norm_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            x = (wide * gain[None, :]).to(x.dtype)
+        inside = (row < rows)[:, None] & (start + column < k)[None, :]
+        x = tl.load(x_ptr + offsets + start, mask=inside, other=0.0)
         total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
 
     if SPLITS > 1:
-        place = tile * SPLITS * ROWS + row
-        index = tl.arange(0, BLOCK_N)
-        tl.store(partial_ptr + (place + split * ROWS)[None, :] * BLOCK_N + index[:, None], total)
-        if NORM:
-            tl.store(squares_ptr + place + split * ROWS, squares)
-        tl.debug_barrier()  # every thread's part is stored before one of them tells so
-        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
-        if arrived != SPLITS - 1:
+        if not _arrive_last(total, partial_ptr, arrivals_ptr, tile, split, BLOCK_N, ROWS, SPLITS):
             return
-        tl.store(arrivals_ptr + tile, 0)
-        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        squares = tl.zeros([ROWS], tl.float32)
-        for s in tl.static_range(SPLITS):
-            # Past the L1 cache, which does not see what other multiprocessors write.
-            partial = partial_ptr + (place + s * ROWS)[None, :] * BLOCK_N + index[:, None]
-            total += tl.load(partial, cache_modifier=".cg")
-            if NORM:
-                squares += tl.load(squares_ptr + place + s * ROWS, cache_modifier=".cg")
-    if NORM:
-        total *= tl.rsqrt(squares / k + eps)[None, :]
-    _finish(total, tile, feature, row, bias_ptr, out_ptr, rows, n, BLOCK_N, ROWS, BIAS, GATED)
+        total = _add_splits(partial_ptr, tile, BLOCK_N, ROWS, SPLITS)
+    extras = bias, gain, residual, squares
+    outputs = total_ptr, own_squares_ptr, out_ptr
+    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)
+
+
+@jit
+def _places_of_split(partial_ptr, unit, split, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Return where a split's part of a unit lies, [BLOCK_N, ROWS]."""
+    row, index = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
+    return partial_ptr + ((unit * SPLITS + split) * ROWS + row)[None, :] * BLOCK_N + index[:, None]
+
+
+@jit
+def _arrive_last(
+    part,  # [BLOCK_N, ROWS] float32
+    partial_ptr,
+    arrivals_ptr,
+    unit,
+    split,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Leave a split's part of a unit; tell whether all the others have left theirs."""
+    tl.store(_places_of_split(partial_ptr, unit, split, BLOCK_N, ROWS, SPLITS), part)
+    tl.debug_barrier()  # every thread's part is stored before one of them tells so
+    is_last = tl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        tl.store(arrivals_ptr + unit, 0)
+    return is_last
+
+
+@jit
+def _add_splits(partial_ptr, unit, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Return the sum of all parts of a unit, [BLOCK_N, ROWS]."""
+    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for split in tl.static_range(SPLITS):
+        # Past the L1 cache, which does not see what other multiprocessors write.
+        places = _places_of_split(partial_ptr, unit, split, BLOCK_N, ROWS, SPLITS)
+        total += tl.load(places, cache_modifier=".cg")
+    return total
+
+
+@jit_once("rows")
+def _wide_kernel(
+    x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
+    weight_tiles,  # descriptor of the weight [n, k], tiles [BLOCK_N, BLOCK_K], with GATED [BLOCK_N / 2, BLOCK_K]
+    bias_ptr,  # [n], read only with BIAS
+    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
+    residual_ptr,  # [rows, n], read only with ADD
+    gain_ptr,  # [n], read only with ADD
+    total_ptr,  # [rows, n], written only with ADD
+    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
+    out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    partial_ptr,  # [blocks of rows, tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
+    arrivals_ptr,  # [blocks of rows, tiles] int32, zeros before and after
+    eps,
+    rows,
+    n,
+    k,
+    parts,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SQUARES: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """One program: BLOCK_N features of a block of ROWS rows, over one of SPLITS parts of the reduction.
+
+    With x as the left operand, 64 rows of it fill the matrix units, however few features a program has.
+    """
+    begin_dependents(PDL)
+    tile = tl.program_id(0)
+    first_row = tl.program_id(1) * ROWS
+    split = tl.program_id(2)
+    part = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    first = split * part
+    last = tl.minimum(first + part, k)
+    row = first_row + tl.arange(0, ROWS)
+    feature = _features(tile, n, BLOCK_N, GATED)
+    bias = _load_features(bias_ptr, feature, n, BIAS)
+    gain = _load_features(gain_ptr, feature, n, ADD)
+    wait(PDL)
+
+    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
+    if GATED:
+        HALF: tl.constexpr = BLOCK_N // 2
+        gates = tl.zeros([ROWS, HALF], tl.float32)
+        ups = tl.zeros([ROWS, HALF], tl.float32)
+        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+            x = x_tiles.load([first_row, start])
+            gate = weight_tiles.load([tile * HALF, start])
+            up = weight_tiles.load([n // 2 + tile * HALF, start])
+            gates = tl.dot(x, tl.trans(gate), gates, input_precision="ieee")
+            ups = tl.dot(x, tl.trans(up), ups, input_precision="ieee")
+        total = tl.reshape(tl.join(gates, ups), (ROWS, BLOCK_N))
+    else:
+        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+            x = x_tiles.load([first_row, start])
+            weight = weight_tiles.load([tile * BLOCK_N, start])
+            total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
+    total = tl.trans(total)
+
+    if SPLITS > 1:
+        unit = tl.program_id(1) * tl.num_programs(0) + tile
+        if not _arrive_last(total, partial_ptr, arrivals_ptr, unit, split, BLOCK_N, ROWS, SPLITS):
+            return
+        total = _add_splits(partial_ptr, unit, BLOCK_N, ROWS, SPLITS)
+    extras = bias, gain, residual, squares
+    outputs = total_ptr, own_squares_ptr, out_ptr
+    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)

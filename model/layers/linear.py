@@ -1,8 +1,11 @@
 """Linear layers whose weight is split over the ranks of a tensor-parallel group (Megatron-LM, arXiv:1909.08053).
 
 A column-parallel layer splits the output features, so that each rank computes its own; a row-parallel layer after it
-splits the input features in the same way, and the norm after that sums the ranks' results. One all-reduce per pair is
-all they say.
+splits the input features in the same way, and the ranks' results are summed. One all-reduce per pair is all they say.
+
+Around a pair of them stand a norm before and the residual stream behind. A row-parallel layer adds to the stream and
+norms it for the column-parallel layer that comes next, since all of that can be one operation: with several ranks the
+sum over them is, and with one the product. It may leave the last step of the norm to the next product (`Normed`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.kernels.linear import linear, norm_linear
+from model.kernels.linear import linear, linear_add_norm, norm_linear
+from model.kernels.norm import Normed
 from model.kernels.packed import pack
 from model.layers.activation import SiluAndMul
 from model.layers.norm import RMSNorm
@@ -43,22 +47,9 @@ class ColumnParallelLinear(ShardedModule):
         self.weight = empty_parameter(rows, in_features, dtype=dtype, device=device)
         self.bias = empty_parameter(rows, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in_features] to this rank's output features, the packed parts side by side."""
-        return linear(x, self.weight, self.bias)
-
-    def after(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, then: SiluAndMul | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (then(self(norm(x + residual))), x + residual), in fewer launches where that is faster.
-
-        x, residual: [tokens, in_features]; without a residual (the first layer's) the sum is x itself, and with one `x`
-        is this rank's summand of a row-parallel layer.
-        """
-        if residual is not None and norm.tp.size > 1:
-            normed, total = norm(x, residual)
-            return linear(normed, self.weight, self.bias, gated=then is not None), total
-        return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, gated=then is not None)
+    def forward(self, normed: Normed, then: SiluAndMul | None = None) -> torch.Tensor:
+        """[tokens, in_features] to this rank's output features, the packed parts side by side, and `then` of these."""
+        return norm_linear(normed, self.weight, self.bias, gated=then is not None)
 
     def finish(self) -> None:
         self.weight = pack(self.weight)
@@ -128,10 +119,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(ShardedModule):
-    """Input features split over ranks; each makes a summand, and the norm behind this layer adds them up.
+    """Input features split over ranks, whose summands are added up, to the residual stream too.
 
     Args:
-        place: which layers' summands these are, as the norm knows them.
+        place: which layers' summands these are.
     """
 
     def __init__(
@@ -152,11 +143,18 @@ class RowParallelLinear(ShardedModule):
         self.weight = empty_parameter(out_features, in_features // tp.size, dtype=dtype, device=device)
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's [tokens, in_features / size] to its summand of [tokens, out_features]; rank 0's has the bias."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[Normed, torch.Tensor]:
+        """Return (norm(total), total), total being residual + this layer's output, the same on every rank.
+
+        x: this rank's [tokens, in_features / size]. residual: [tokens, out_features], which is not written.
+        """
+        if self._tp.size == 1:
+            return linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
         bias = self.bias if self._tp.rank == 0 else None
-        room = self._tp.room_for_summand(torch.Size((x.shape[0], self.weight.shape[0])), x.dtype, self._place)
-        return linear(x, self.weight, bias, out=room)
+        room = self._tp.room_for_summand(residual.shape, x.dtype, self._place)
+        summand = linear(x, self.weight, bias, out=room)
+        normed, total = self._tp.all_reduce_add_rms_norm(summand, self._place, residual, norm.weight, norm.eps)
+        return Normed(normed), total
 
     def finish(self) -> None:
         self.weight = pack(self.weight)

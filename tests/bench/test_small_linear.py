@@ -14,13 +14,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.small_linear import ROW_CLASSES, Layer, Result, Variant, layers_of, variants_for
 
-LAYER = Layer("0.6B", "gate_up", 6144, 1024, norm=True, gated=True)
-INSIDE, BEHIND = (Variant(Tiling("dot", 8, 32, 256, 4, 2, 4, 512), norm) for norm in (True, False))
-FUSED, AFTER_NORM = Work(8, 6144, 1024, norm=True, gated=True), Work(8, 6144, 1024, gated=True)
-
-BY_DEFAULT = default_tiling(AFTER_NORM)
+LAYER = Layer("0.6B", "gate_up", 6144, 1024, scaled=True, gated=True)
+WORK = Work(8, 6144, 1024, gated=True)
+FAST = Variant(Tiling("dot", 8, 32, 256, 4, 2, 4, 512))
+BY_DEFAULT = default_tiling(WORK)
 assert BY_DEFAULT is not None
-DEFAULT = Variant(BY_DEFAULT, norm=False)  # with the norm inside there is none
 
 
 def value(node: ast.expr) -> object:
@@ -33,25 +31,22 @@ def value(node: ast.expr) -> object:
 
 
 @pytest.mark.parametrize(
-    ("us_inside", "us_behind", "us_by_default", "expected"),
+    ("us", "us_by_default", "expected"),
     [
-        (5.0, 6.0, 7.0, {FUSED: INSIDE.tiling}),
-        (6.0, 5.0, 7.0, {AFTER_NORM: BEHIND.tiling}),
-        (6.0, 5.0, 5.1, {}),
-        (11.0, 12.0, 13.0, {AFTER_NORM: None}),
-        (11.0, 12.0, 10.1, {}),
+        (5.0, 7.0, {WORK: FAST.tiling}),
+        (5.0, 5.1, {}),
+        (11.0, 13.0, {WORK: None}),
+        (11.0, 10.1, {}),
+        (7.1, 7.0, {}),
     ],
 )
-def test_entries_are_what_the_table_lacks(
-    us_inside: float, us_behind: float, us_by_default: float, expected: dict[Work, Tiling | None]
-) -> None:
-    times = {INSIDE: us_inside, BEHIND: us_behind, DEFAULT: us_by_default}
-    result = Result(LAYER, 8, cublas=8.0, separate=10.0, times=times)
-    [statement] = ast.parse("{" + "\n".join(result.entries().values()) + "\n}").body
+def test_entries_are_what_the_table_lacks(us: float, us_by_default: float, expected: dict[Work, Tiling | None]) -> None:
+    times = {FAST: us, Variant(BY_DEFAULT): us_by_default}
+    entry = Result(LAYER, 8, cublas=8.0, separate=10.0, times=times).entry()
+    [statement] = ast.parse("{" + (entry or "") + "\n}").body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Dict)
     keys = [value(key) for key in statement.value.keys if key is not None]
-    assert keys == list(result.entries())
     assert dict(zip(keys, map(value, statement.value.values), strict=True)) == expected
 
 
@@ -61,4 +56,4 @@ def test_every_layer_has_variants_that_take_its_rows(tmp_path: Path, model: str,
     for layer in layers_of(model, tmp_path):
         variants = variants_for(layer, rows)
         assert len(variants) == len(set(variants)) > 1
-        assert all(variant.tiling.rows >= rows and (layer.norm or not variant.norm) for variant in variants)
+        assert all(variant.tiling.rows >= rows for variant in variants)

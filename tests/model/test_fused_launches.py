@@ -10,9 +10,10 @@ import torch
 
 from model.errors import ModelError
 from model.kernels import linear
-from model.kernels.small_linear import small_linear_triton
+from model.kernels.small_linear import small_linear_add_norm_triton, small_linear_triton
 from model.qwen3 import Qwen3ForCausalLM
 from tests.model.helpers import (
+    TINY,
     PagedCache,
     PagedSequence,
     fused_launches,
@@ -25,21 +26,25 @@ from tests.model.helpers import (
 )
 
 LAYERS = 2
-NORM, ADD_NORM, ADD_NORM_GATED = {"norm"}, {"norm", "residual"}, {"norm", "residual", "gated"}
+PLAIN, SCALED, SCALED_GATED, ADD_NORM = "plain", "scaled", "scaled gated", "add norm"
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; test_gpu.py has a GPU")
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """What each launch of a fused kernel is given beside x and a weight."""
-    made: list[set[str]] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each launch of a fused kernel is, beside a product."""
+    made: list[str] = []
 
-    def launch(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        made.append({name for name, value in options.items() if name in ADD_NORM and value is not None})
-        made[-1].update({"gated"} if options["gated"] else ())
-        return small_linear_triton(*arguments, **options)
+    def launch(*arguments: Any, scale: Any = None, gated: bool = False, **options: Any) -> torch.Tensor:
+        made.append(" ".join(filter(None, ["scaled" if scale else "", "gated" if gated else ""])) or PLAIN)
+        return small_linear_triton(*arguments, scale=scale, gated=gated, **options)
+
+    def launch_add_norm(*arguments: Any, **options: Any) -> Any:
+        made.append(ADD_NORM)
+        return small_linear_add_norm_triton(*arguments, **options)
 
     monkeypatch.setattr(linear, "small_linear_triton", launch)
+    monkeypatch.setattr(linear, "small_linear_add_norm_triton", launch_add_norm)
     return made
 
 
@@ -50,7 +55,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def decode(model: Qwen3ForCausalLM, rows: int, launches: list[set[str]]) -> torch.Tensor:
+def decode(model: Qwen3ForCausalLM, rows: int, launches: list[str]) -> torch.Tensor:
     """Prefill as many sequences as rows in a step of many tokens, then decode one token of each: [rows, vocab]."""
     cache = PagedCache(model.config)
     sequences = [PagedSequence() for _ in range(rows)]
@@ -60,29 +65,40 @@ def decode(model: Qwen3ForCausalLM, rows: int, launches: list[set[str]]) -> torc
 
 
 @needs_interpreter
-@pytest.mark.parametrize("rows", [1, 2])
-def test_logits_are_those_of_separate_operations(launches: list[set[str]], folder: Path, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_logits_are_those_of_separate_operations(launches: list[str], folder: Path, rows: int) -> None:
     with fused_launches():
         logits = decode(unpack(load(folder)), rows, launches)
-    later = [ADD_NORM, set(), ADD_NORM_GATED, set()] * (LAYERS - 1)
-    assert launches == [NORM, set(), ADD_NORM_GATED, set(), *later, set()]
+    later = [SCALED, ADD_NORM, SCALED_GATED, ADD_NORM] * (LAYERS - 1)
+    assert launches == [PLAIN, ADD_NORM, SCALED_GATED, ADD_NORM, *later, PLAIN]
     torch.testing.assert_close(logits, decode(load(folder), rows, launches), rtol=1e-4, atol=1e-5)
     assert not launches
 
 
 @needs_interpreter
-@pytest.mark.parametrize("rows", [3, 7])
-def test_with_more_rows_the_norm_is_a_launch_of_its_own(launches: list[set[str]], folder: Path, rows: int) -> None:
+@pytest.mark.parametrize("separate", ["column parallel", "row parallel"])
+def test_either_side_of_a_norm_may_be_separate_operations(
+    launches: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, separate: str
+) -> None:
     with fused_launches():
-        logits = decode(unpack(load(folder)), rows, launches)
-    assert launches == [*[set(), set(), {"gated"}, set()] * LAYERS, set()]
-    torch.testing.assert_close(logits, decode(load(folder), rows, launches), rtol=1e-4, atol=1e-5)
+        tiling_for, hidden_size = linear.tiling_for, TINY["hidden_size"]
+
+        def tiling(rows: int, n: int, k: int, *, gated: bool) -> Any:
+            adds = n == hidden_size
+            return None if adds == (separate == "row parallel") else tiling_for(rows, n, k, gated=gated)
+
+        monkeypatch.setattr(linear, "tiling_for", tiling)
+        logits = decode(unpack(load(folder)), 2, launches)
+    assert launches == (
+        [ADD_NORM] * 2 * LAYERS if separate == "column parallel" else [PLAIN, "gated"] * LAYERS + [PLAIN]
+    )
+    torch.testing.assert_close(logits, decode(load(folder), 2, launches), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     def tiling(dtype: torch.dtype, rows: int = 1) -> object:
         x, weight = torch.empty(rows, 64, dtype=dtype), torch.empty(128, 64, dtype=dtype)
-        return linear._tiling(x, weight, norm=False, gated=False)
+        return linear._tiling(x, weight)
 
     monkeypatch.setattr(linear, "use_triton", lambda x: True)
     monkeypatch.delenv("LIGHTQWEN_WITHOUT", raising=False)
@@ -91,7 +107,7 @@ def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiling(torch.bfloat16, rows=5) is None
     monkeypatch.setattr(linear, "dependent_launch", lambda x: {"launch_pdl": True})
     assert tiling(torch.bfloat16, rows=5) is not None
-    assert tiling(torch.bfloat16, rows=9) is None
+    assert tiling(torch.bfloat16, rows=17) is None
     assert tiling(torch.float32) is None
     monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl,small_linear")
     assert tiling(torch.bfloat16) is None

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.kernels.norm import Normed, Scale
 from model.kernels.runtime import is_hopper
-from model.kernels.small_linear import Tiling, small_linear_torch, small_linear_triton
+from model.kernels.small_linear import (
+    Tiling,
+    small_linear_add_norm_torch,
+    small_linear_add_norm_triton,
+    small_linear_torch,
+    small_linear_triton,
+)
 from model.kernels.tilings import tiling_for
 from tests.model.kernels.comparing import MATCH, ON_GPU, TOLERANCE, poisoned, relative_error
 
@@ -18,6 +26,7 @@ EPS = 1e-6
 FMA = Tiling(form="fma", rows=1, block_n=8, block_k=256, warps=1)
 DOT = Tiling(form="dot", rows=16, block_n=16, block_k=64, warps=4, stages=3)
 HELD = Tiling(form="held", rows=16, block_n=8, block_k=256, warps=4, stages=2)
+WIDE = Tiling(form="wide", rows=64, block_n=16, block_k=64, warps=4, stages=3, block_rows=16)
 TILINGS = [
     *(replace(FMA, rows=rows) for rows in (1, 2, 4)),
     replace(FMA, rows=2, block_k=1024, warps=4),
@@ -30,12 +39,15 @@ TILINGS = [
     replace(DOT, rows=8, block_n=64, block_k=128, prefetch=64),
     replace(DOT, splits=3),
     replace(DOT, rows=8, splits=8),  # of which some have no columns
+    WIDE,
+    replace(WIDE, rows=128, block_n=32, block_k=128, stages=2, block_rows=64),
+    replace(WIDE, rows=32, splits=3),
 ]
 SHAPES = [(24, 512), (18, 328), (6, 72), *([(4096, 4096), (1024, 3072)] if ON_GPU else [])]
 """Weights [n, k] of whole tiles, of ragged ones, and less than one."""
 # Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there.
 TENSOR_CORES = torch.bfloat16 if ON_GPU else torch.float16
-HALF = {"fma": torch.bfloat16, "held": TENSOR_CORES, "dot": TENSOR_CORES}
+HALF = {"fma": torch.bfloat16, "held": TENSOR_CORES, "dot": TENSOR_CORES, "wide": TENSOR_CORES}
 CASES = [(tiling, dtype) for tiling in TILINGS for dtype in (torch.float32, HALF[tiling.form])]
 # In float32, twice as much would have to be held.
 CASES += [(replace(HELD, block_k=2048, warps=8), torch.bfloat16), (replace(HELD, rows=64), torch.bfloat16)] * ON_GPU
@@ -45,124 +57,211 @@ CLOSE = {torch.float32: 4e-6, torch.float16: 8e-3, torch.bfloat16: 2**-7 if ON_G
 
 
 class Layer(NamedTuple):
-    """What a launch computes, as keyword arguments that `inputs` fills."""
+    """What a launch computes beside the product."""
 
-    norm: bool = False
-    residual: bool = False
+    scaled: bool = False
     bias: bool = False
     gated: bool = False
 
 
 LAYERS = [
     Layer(),
-    Layer(norm=True, gated=True),
-    Layer(norm=True, residual=True, bias=True),
-    Layer(norm=True, residual=True, gated=True),
+    Layer(scaled=True),
+    Layer(scaled=True, bias=True),
+    Layer(scaled=True, gated=True),
     Layer(bias=True, gated=True),
 ]
+PARTS = 5
+"""Sums of squares of a row, of which there are more places than parts in a tile of the kernels'."""
 
 
-def inputs(layer: Layer, rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape).to(device, dtype)
+class Tensors(NamedTuple):
+    """What every launch reads."""
 
-    arguments: dict[str, object] = {"x": 3 * draw(rows, k), "weight": (torch.randn(n, k) / k**0.5).to(device, dtype)}
-    if layer.norm:
-        arguments |= {"norm": draw(k), "eps": EPS}
-    if layer.bias:
-        arguments["bias"] = draw(n)
-    if layer.residual:
-        arguments["residual"] = draw(rows, k)
-    return arguments | {"gated": layer.gated}
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
-def exact(arguments: dict[str, object]) -> torch.Tensor:
-    wide = {name: value.double() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    x = wide["x"]
-    if "residual" in wide:
-        # Rounded as the kernels say: what is normed is what is handed on.
-        x = (arguments["x"] + arguments["residual"]).double()
-    if "norm" in wide:
-        x = wide["norm"] * x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt()
-    out = F.linear(x, wide["weight"], wide.get("bias"))
-    if arguments["gated"]:
+def draw(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(shape).to(device, dtype)
+
+
+def tensors(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *, bias: bool = False) -> Tensors:
+    weight = (torch.randn(n, k) / k**0.5).to(device, dtype)
+    return Tensors(
+        3 * draw(rows, k, dtype=dtype, device=device),
+        weight,
+        draw(n, dtype=dtype, device=device) if bias else None,
+    )
+
+
+def half_normed(total: torch.Tensor) -> Normed:
+    """Return a norm of `total` [rows, k] that is still to be scaled, with uneven parts of the squares."""
+    rows, k = total.shape
+    gain = draw(k, dtype=total.dtype, device=total.device)
+    squares = torch.zeros(rows, PARTS, device=total.device)
+    squares.index_add_(1, torch.arange(k, device=total.device) % 7 % PARTS, total.float().square())
+    return Normed(total * gain, Scale(squares, total, gain, EPS))
+
+
+def exact_norm(total: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    wide = total.double()
+    return gain.double() * wide / (wide.square().mean(dim=-1, keepdim=True) + EPS).sqrt()
+
+
+def exact(inputs: Tensors, *, scale: Scale | None = None, gated: bool = False) -> torch.Tensor:
+    x = inputs.x.double() if scale is None else exact_norm(scale.total, scale.gain)
+    out = F.linear(x, inputs.weight.double(), None if inputs.bias is None else inputs.bias.double())
+    if gated:
         gate, up = out.chunk(2, dim=-1)
         out = F.silu(gate) * up
     return out
 
 
-@pytest.mark.parametrize(
-    ("tiling", "dtype", "layer"),
-    [(*case, layer) for case in CASES for layer in LAYERS if not (layer.norm and case[0].form == "held")],
-    ids=str,
-)
-def test_small_linear(triton_device: torch.device, dtype: torch.dtype, tiling: Tiling, layer: Layer) -> None:
+def fits(tiling: Tiling, k: int) -> bool:
+    return tiling.form != "held" or k <= tiling.block_k * tiling.stages
+
+
+def shapes(tiling: Tiling) -> Iterator[tuple[int, int, int]]:
+    """The weight [n, k] and the rows of x to be tried."""
     for n, k in SHAPES:
-        if tiling.form == "held" and k > tiling.block_k * tiling.stages:
-            continue
         for rows in {max(tiling.rows - 1, 1), *([tiling.rows] if ON_GPU else [])}:
-            arguments = inputs(layer, rows, n, k, dtype, triton_device)
-            before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-            memory = poisoned(rows, n // 2 if layer.gated else n, dtype=dtype, device=triton_device)
-            out, total = small_linear_triton(**arguments, out=memory, tiling=tiling, pdl=is_hopper(triton_device))
-            expected, expected_total = small_linear_torch(**arguments)
-            assert out is memory
-            assert total.dtype == dtype
-            assert relative_error(out, exact(arguments)) < 2 * TOLERANCE[dtype], (n, k, rows)
-            if not layer.norm:  # whose rounding differs
-                assert relative_error(out, expected) < CLOSE[dtype], (n, k, rows)
-            if layer.residual:
-                assert relative_error(total, expected_total) < MATCH[dtype], (n, k, rows)
-            else:
-                assert total is arguments["x"]
-            assert all(torch.equal(arguments[name], value) for name, value in before.items()), "inputs are not written"
+            if fits(tiling, k):
+                yield n, k, rows
 
 
-@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize(("tiling", "dtype"), CASES, ids=str)
+def test_small_linear(triton_device: torch.device, dtype: torch.dtype, tiling: Tiling, layer: Layer) -> None:
+    for n, k, rows in shapes(tiling):
+        inputs = tensors(rows, n, k, dtype, triton_device, bias=layer.bias)
+        normed = half_normed(inputs.x) if layer.scaled else Normed(inputs.x)
+        x, scale = normed.x, normed.scale
+        given = [tensor for tensor in (x, *inputs, scale and scale.squares) if tensor is not None]
+        before = [tensor.clone() for tensor in given]
+        memory = poisoned(rows, n // 2 if layer.gated else n, dtype=dtype, device=triton_device)
+        options: dict[str, Any] = {"scale": scale, "gated": layer.gated}
+        out = small_linear_triton(x, *inputs[1:], **options, out=memory, tiling=tiling, pdl=is_hopper(triton_device))
+        assert out is memory
+        assert relative_error(out, exact(inputs, **options)) < 2 * TOLERANCE[dtype], (n, k, rows)
+        if not layer.scaled:  # where the norm's rounding differs
+            expected = small_linear_torch(x, *inputs[1:], **options)
+            assert relative_error(out, expected) < CLOSE[dtype], (n, k, rows)
+        assert all(map(torch.equal, given, before)), "inputs are not written"
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("tiling", "dtype"), CASES, ids=str)
+def test_small_linear_add_norm(triton_device: torch.device, dtype: torch.dtype, tiling: Tiling, bias: bool) -> None:
+    for n, k, rows in shapes(tiling):
+        inputs = tensors(rows, n, k, dtype, triton_device, bias=bias)
+        residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((rows, n), (n,)))
+        given = [tensor for tensor in (*inputs, residual, gain) if tensor is not None]
+        before = [tensor.clone() for tensor in given]
+        arguments = (*inputs, residual, gain, EPS)
+        normed, total = small_linear_add_norm_triton(*arguments, tiling=tiling, pdl=is_hopper(triton_device))
+        assert normed.scale is not None
+        assert normed.scale.total is total
+        assert total.dtype == normed.x.dtype == dtype
+        assert relative_error(total, residual.double() + exact(inputs)) < TOLERANCE[dtype], (n, k, rows)
+        # Of the total as it is stored, whatever that is.
+        assert relative_error(normed.x, total.double() * gain.double()) < TOLERANCE[dtype], (n, k, rows)
+        squares = total.double().square()
+        assert relative_error(normed.scale.squares.double().sum(1), squares.sum(1)) < 1e-6, (n, k, rows)
+        tiles = F.pad(squares, (0, -n % tiling.block_n)).unflatten(1, (-1, tiling.block_n))
+        assert relative_error(normed.scale.squares, tiles.sum(2)) < 1e-6, "each has a place of its own"
+        separate, expected_total = small_linear_add_norm_torch(*arguments)
+        assert relative_error(total, expected_total) < CLOSE[dtype], (n, k, rows)
+        assert relative_error(normed.finish(), separate.x) < 2 * CLOSE[dtype], (n, k, rows)
+        assert all(map(torch.equal, given, before)), "inputs are not written"
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_a_norm_between_two_layers(triton_device: torch.device, tiling: Tiling) -> None:
+    """What one launch leaves to be scaled, another scales, by the sums of squares of all tiles, whole or not."""
+    n, k, dtype = 328, 72, HALF[tiling.form]
+    inputs = tensors(tiling.rows, n, k, dtype, triton_device)
+    residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((tiling.rows, n), (n,)))
+    normed, total = small_linear_add_norm_triton(*inputs, residual, gain, EPS, tiling=tiling)
+    weight = (torch.randn(18, n) / n**0.5).to(triton_device, dtype)
+    out = small_linear_triton(normed.x, weight, scale=normed.scale, gated=True, tiling=tiling)
+    assert (
+        relative_error(out, exact(Tensors(total, weight, None), scale=normed.scale, gated=True)) < 2 * TOLERANCE[dtype]
+    )
+    finished = small_linear_torch(normed.finish(), weight, gated=True)
+    assert relative_error(out, finished) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [*range(1, 9), 11, 16])
 def test_any_number_of_rows_by_default(triton_device: torch.device, rows: int) -> None:
-    arguments = inputs(Layer(gated=True), rows, 36, 136, torch.float32, triton_device)
-    tiling = tiling_for(rows, 36, 136, norm=False, gated=True)
+    inputs = tensors(rows, 36, 136, torch.float32, triton_device)
+    tiling = tiling_for(rows, 36, 136, gated=True)
     assert tiling is not None
-    out, _ = small_linear_triton(**arguments, tiling=tiling)
-    assert relative_error(out, exact(arguments)) < 2 * TOLERANCE[torch.float32]
+    out = small_linear_triton(*inputs, gated=True, tiling=tiling)
+    assert relative_error(out, exact(inputs, gated=True)) < 2 * TOLERANCE[torch.float32]
 
 
 def test_no_tiling_for_many_rows_or_unaligned_ones() -> None:
-    assert tiling_for(17, 4096, 1024, norm=False, gated=False) is None
-    assert tiling_for(1, 4096, 1020, norm=False, gated=False) is None
+    assert tiling_for(17, 4096, 1024, gated=False) is None
+    assert tiling_for(1, 4096, 1020, gated=False) is None
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_a_row_does_not_depend_on_others(triton_device: torch.device, tiling: Tiling) -> None:
-    norms = tiling.form != "held"
-    layer = Layer(norm=norms, residual=norms, gated=True)
-    arguments = inputs(layer, tiling.rows, 18, 328, HALF[tiling.form], triton_device)
-    together = small_linear_triton(**arguments, tiling=tiling)
-    x, residual = arguments.pop("x"), arguments.pop("residual", None)
+    n, k, dtype = 18, 328, HALF[tiling.form]
+    inputs = tensors(tiling.rows, n, k, dtype, triton_device)
+    residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((tiling.rows, n), (n,)))
+    half = half_normed(inputs.x)
+    assert half.scale is not None
+
+    def launch(rows: slice) -> list[torch.Tensor]:
+        assert half.scale is not None
+        scale = replace(half.scale, squares=half.scale.squares[rows])
+        out = small_linear_triton(half.x[rows], inputs.weight, scale=scale, gated=True, tiling=tiling)
+        added = (inputs.x[rows], inputs.weight, None, residual[rows], gain, EPS)
+        normed, total = small_linear_add_norm_triton(*added, tiling=tiling)
+        assert normed.scale is not None
+        return [out, normed.x, total, normed.scale.squares]
+
+    together = launch(slice(None))
+    assert all(map(torch.equal, launch(slice(None)), together)), "the same launch gives the same bits"
     for row in {0, tiling.rows // 2, tiling.rows - 1}:
-        one = slice(row, row + 1)
-        own = residual if residual is None else residual[one]
-        alone = small_linear_triton(x[one], residual=own, **arguments, tiling=tiling)
-        assert all(torch.equal(mine[0], all_rows[row]) for mine, all_rows in zip(alone, together, strict=True))
+        alone = launch(slice(row, row + 1))
+        assert all(torch.equal(mine[0], of_all[row]) for mine, of_all in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_nothing_past_the_rows_is_read_or_written(triton_device: torch.device, tiling: Tiling) -> None:
-    norms = tiling.form != "held"
-    arguments = inputs(Layer(norm=norms, residual=norms), 1, 18, 328, torch.float32, triton_device)
-    for name in {"x", "residual"} & arguments.keys():
-        memory = poisoned(tiling.rows, 328, dtype=torch.float32, device=triton_device)
-        memory[:1] = arguments[name]
-        arguments[name] = memory[:1]
-    out, total = small_linear_triton(**arguments, tiling=tiling)
-    assert relative_error(out, exact(arguments)) < TOLERANCE[torch.float32]
-    assert torch.equal(total, arguments["x"] + arguments.get("residual", 0))
+    n, k = 18, 328
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        memory = poisoned(tiling.rows + 1, tensor.shape[1], dtype=torch.float32, device=triton_device)
+        memory[:1] = tensor
+        return memory[:1]
+
+    inputs = tensors(1, n, k, torch.float32, triton_device)
+    x, weight, _ = inputs
+    half = half_normed(x)
+    assert half.scale is not None
+    scale = replace(half.scale, squares=poison(half.scale.squares))
+    memory = poisoned(tiling.rows + 1, n, dtype=torch.float32, device=triton_device)
+    out = small_linear_triton(poison(half.x), weight, scale=scale, out=memory[:1], tiling=tiling)
+    assert relative_error(out, exact(inputs, scale=half.scale)) < TOLERANCE[torch.float32]
+    assert memory[1:].isnan().all()
+    residual, gain = (draw(*shape, dtype=torch.float32, device=triton_device) for shape in ((1, n), (n,)))
+    normed, total = small_linear_add_norm_triton(poison(x), weight, None, poison(residual), gain, EPS, tiling=tiling)
+    assert relative_error(total, residual.double() + exact(inputs)) < TOLERANCE[torch.float32]
+    assert relative_error(normed.finish(), exact_norm(total, gain)) < TOLERANCE[torch.float32]
+    assert normed.scale is not None
+    assert relative_error(normed.scale.squares.double().sum(1), total.double().square().sum(1)) < 1e-6
 
 
-def test_held_does_not_norm(triton_device: torch.device) -> None:
-    arguments = inputs(Layer(norm=True), 1, 8, 64, torch.float32, triton_device)
-    with pytest.raises(AssertionError, match="does not norm"):
-        small_linear_triton(**arguments, tiling=HELD)
+def test_what_is_added_may_be_what_is_multiplied(triton_device: torch.device) -> None:
+    inputs = tensors(1, 64, 64, torch.float32, triton_device)
+    gain = draw(64, dtype=torch.float32, device=triton_device)
+    _, total = small_linear_add_norm_triton(*inputs, inputs.x, gain, EPS, tiling=FMA)
+    assert relative_error(total, inputs.x.double() + exact(inputs)) < TOLERANCE[torch.float32]
 
 
 def test_too_many_columns_to_be_held(triton_device: torch.device) -> None:
@@ -175,22 +274,24 @@ def test_too_many_rows_for_a_tiling(triton_device: torch.device) -> None:
     x, weight = torch.randn(3, 64, device=triton_device), torch.randn(8, 64, device=triton_device)
     with pytest.raises(AssertionError, match="3 rows"):
         small_linear_triton(x, weight, tiling=replace(FMA, rows=2))
-    assert small_linear_triton(x[:0], weight, tiling=FMA)[0].shape == (0, 8)
+    assert small_linear_triton(x[:0], weight, tiling=FMA).shape == (0, 8)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tiling", [replace(FMA, rows=4, prefetch=256), replace(DOT, splits=4, prefetch=256)], ids=str)
 def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Tiling) -> None:
-    """Each launch reads what the one before wrote; a program that does not wait for it shows."""
+    """Each launch reads what the ones before wrote; a program that does not wait for them shows."""
     size, length = 4096, 24
     weights = [(torch.randn(size, size) / size**0.5).to(triton_device, torch.bfloat16) for _ in range(length)]
-    norm = torch.ones(size, dtype=torch.bfloat16, device=triton_device)
+    gain = torch.ones(size, dtype=torch.bfloat16, device=triton_device)
+    options: dict[str, Any] = {"tiling": tiling}
 
     def chain(x: torch.Tensor, *, pdl: bool) -> torch.Tensor:
-        total = x
-        for weight in weights:
-            x, total = small_linear_triton(x, weight, norm=norm, eps=EPS, residual=total, tiling=tiling, pdl=pdl)
-        return x + total
+        normed, residual = Normed(x), x
+        for into, back in zip(weights[::2], weights[1::2], strict=True):
+            x = small_linear_triton(normed.x, into, scale=normed.scale, pdl=pdl, **options)
+            normed, residual = small_linear_add_norm_triton(x, back, None, residual, gain, EPS, pdl=pdl, **options)
+        return normed.finish() + residual
 
     x = torch.randn(tiling.rows, size).to(triton_device, torch.bfloat16)
     expected = chain(x, pdl=False)
