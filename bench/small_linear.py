@@ -2,12 +2,12 @@
 
 For every linear layer of the chosen models and 1 to 256 rows, each tiling is timed against what it replaces: cuBLAS and
 the separate kernel behind it, a norm with its residual addition or a SiLU. (A layer behind a norm also applies its
-scale, which the separate product need not: its norm is timed with the layer before.) As in `bench.kernels`, launches
-over rotated weights that exceed the L2 cache are captured in a CUDA graph, and the median of its replays is divided by
-the launches. The best are timed again without dependent launch (PDL) and with prefetching, and whole decoder layers in
-a row, where launches of different kinds follow each other. What comes out are entries of `MEASURED` in
-model/kernels/tilings.py. For all three models some 500 kernels are compiled first, in as many processes as there are
-cores, and some 1,000 launches timed.
+scale, which the separate product need not: its norm is timed with the layer before. Among several ranks norms are part
+of the sum over these, and are not timed.) As in `bench.kernels`, launches over rotated weights that exceed the L2 cache
+are captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
+dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
+each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. For all three models some 500 kernels
+are compiled first, in as many processes as there are cores, and some 1,000 launches timed.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Layer:
     name: str
     n: int
     k: int
-    scaled: bool = False
-    adds: bool = False
+    scaled: bool = False  # by the norm in front of it
+    adds: bool = False  # to the residual stream, which it norms
     gated: bool = False
 
     def work(self, rows: int) -> Work:
@@ -93,15 +93,16 @@ class Variant:
 def layers_of(model: str, folder: Path) -> list[Layer]:
     size, _, ranks = model.partition("/")
     tp = int(ranks or 1)
+    alone = tp == 1
     config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
     hidden, inter = config["hidden_size"], config["intermediate_size"] // tp
     q_dim = config["num_attention_heads"] * config["head_dim"] // tp
     kv_dim = config["num_key_value_heads"] * config["head_dim"] // tp
     return [
-        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, scaled=True),
-        Layer(model, "o", hidden, q_dim, adds=True),
-        Layer(model, "gate_up", 2 * inter, hidden, scaled=True, gated=True),
-        Layer(model, "down", hidden, inter, adds=True),
+        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, scaled=alone),
+        Layer(model, "o", hidden, q_dim, adds=alone),
+        Layer(model, "gate_up", 2 * inter, hidden, scaled=alone, gated=True),
+        Layer(model, "down", hidden, inter, adds=alone),
         Layer(model, "lm_head", config["vocab_size"] // tp, hidden),
     ]
 
