@@ -1,13 +1,14 @@
 """Which tiling of the fused linear kernels is fastest on this GPU: `python -m bench.small_linear --json out.json`.
 
 For every linear layer of the chosen models and 1 to 256 rows, each tiling is timed against what it replaces: cuBLAS and
-the separate kernel behind it, a norm with its residual addition or a SiLU. (A layer behind a norm also applies its
-scale, which the separate product need not: its norm is timed with the layer before. Among several ranks norms are part
-of the sum over these, and are not timed.) As in `bench.kernels`, launches over rotated weights that exceed the L2 cache
-are captured in a CUDA graph, and the median of its replays is divided by the launches. The best are timed again without
-dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where launches of different kinds follow
-each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. For all three models some 500 kernels
-are compiled first, in as many processes as there are cores, and some 1,000 launches timed.
+the separate kernel behind it, a norm with its residual addition or a SiLU. (A layer behind a norm applies its scale,
+which the layer before has left to it; so the separate product is timed with a norm's kernel before it. Among several
+ranks norms are part of the sum over these, and are not timed.) As in `bench.kernels`, launches over rotated weights
+that exceed the L2 cache are captured in a CUDA graph, and the median of its replays is divided by the launches. The
+best are timed again without dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where
+launches of different kinds follow each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. For
+all three models some 1,500 kernels are compiled first, in as many processes as there are cores, and some 3,000 launches
+timed.
 """
 
 from __future__ import annotations
@@ -228,9 +229,9 @@ def launch(
 def launch_separately(
     layer: Layer, normed: Normed, residual: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor
 ) -> tuple[Normed, torch.Tensor]:
-    """What the model does for a layer without them; `normed` needs no scale, or is taken for such."""
+    """What the model does for a layer without them."""
     with dependent_launches(on=False):
-        out = F.linear(normed.x, weight)
+        out = F.linear(normed.finish(), weight)
         if layer.adds:
             out, residual = add_rms_norm(out, residual, gain, EPS)
         return Normed(silu_and_mul(out) if layer.gated else out), residual
@@ -364,8 +365,8 @@ class Result:
         """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
         tiling, k = self.best.tiling, self.layer.k
         ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
-        known = {0, tiling.prefetch} if tiling.form in ("held", "wide") else {tiling.prefetch}
-        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - known if ahead >= 64 else ()
+        prefetches = tiling.form in ("fma", "dot") and ahead >= 64
+        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - {tiling.prefetch} if prefetches else ()
         prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
         return [replace(self.best, pdl=False), *prefetched]
 
@@ -383,7 +384,7 @@ class Result:
         if self.by_default < 1.03 * min(us, self.separate) or wanted == default_tiling(work):
             return None
         key = f"Work({work.rows}, {work.n}, {work.k}{', gated=True' if work.gated else ''})"
-        comment = f"{layer.model} {layer.name}: {us:.1f} us, not {self.by_default:.1f}; separate {self.separate:.1f}"
+        comment = f"{layer.model} {layer.name}: {us:.1f}, else {self.by_default:.1f}"
         return f"{key}: {source(wanted) if wanted else None},  # {comment}"
 
     def report(self) -> dict[str, object]:
@@ -393,8 +394,8 @@ class Result:
 
 def source(tiling: Tiling) -> str:
     numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages, tiling.prefetch]
-    block_rows = f", block_rows={tiling.block_rows}" if tiling.block_rows else ""
-    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))}{block_rows})'
+    numbers += [tiling.block_rows] if tiling.block_rows else []
+    return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))})'
 
 
 def sweep(inputs: Inputs, rows: int) -> Result:

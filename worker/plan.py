@@ -49,6 +49,9 @@ ADMISSION = np.dtype(
 )
 """What a slot's row in the device tables starts with."""
 
+NO_ADMISSION = np.zeros(1, ADMISSION)
+NO_ADMISSION["slot"] = -1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBounds:

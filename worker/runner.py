@@ -124,14 +124,14 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
         """Start a step. On a GPU this returns while the device works."""
-        if len(plan.admissions):
+        graph = next((graph for graph in self._graphs if graph.shape.fits(plan)), None)
+        if len(plan.admissions) and not (graph and graph.shape.admits(plan)):
             self._tables.admit(plan)
         if not self._runtime.on_gpu:
             self._in_flight.append(_Launched(self._run_eagerly(plan), None))
             return
         buffers = self._free_buffers[0]
         self._free_buffers.rotate(-1)
-        graph = next((graph for graph in self._graphs if graph.shape.fits(plan)), None)
         tokens = self._run_eagerly(plan) if graph is None else self._replay(graph, plan, buffers.input)
         host = buffers.tokens[: plan.num_rows]
         host.copy_(tokens[: plan.num_rows], non_blocking=True)
@@ -149,12 +149,9 @@ class Runner:
         return launched.tokens.numpy()
 
     def _replay(self, graph: _StepGraph, plan: StepPlan, staged: torch.Tensor) -> torch.Tensor:
-        updates = plan.block_updates
-        if len(updates) > graph.shape.max_updates:
-            self._tables.set_blocks(upload(updates, self._runtime.device))
-            updates = updates[:0]
-        words = graph.shape.num_words
-        graph.shape.fill(staged[:words].numpy(), plan, updates, self._tables.scratch_slot)
+        if not graph.shape.enters(plan):
+            self._tables.set_blocks(upload(plan.block_updates, self._runtime.device))
+        words = graph.shape.fill(staged.numpy(), plan, self._tables.scratch_slot)
         self._input[:words].copy_(staged[:words], non_blocking=True)
         graph.graph.replay()
         return graph.tokens
@@ -204,19 +201,20 @@ class Runner:
         for done, shape in enumerate(sorted(self._shapes, key=lambda shape: -shape.bounds.num_tokens)):
             progress("capturing CUDA graphs", done, len(self._shapes))
             words = np.empty(shape.num_words, np.int32)
-            shape.fill(words, nothing, nothing.block_updates, self._tables.scratch_slot)
+            shape.fill(words, nothing, self._tables.scratch_slot)
             self._input[: shape.num_words] = upload(words, self._runtime.device)
             self._graphs.append(self._capture_one(shape, pool))
         self._graphs.sort(key=lambda graph: self._shapes.index(graph.shape))
         torch.cuda.synchronize()
 
     def _capture_one(self, shape: StepShape, pool: Any) -> _StepGraph:
-        slots, query_lens = self._input[: 2 * shape.num_rows].view(2, shape.num_rows).unbind(0)
-        updates = self._input[2 * shape.num_rows : shape.num_words].view(shape.max_updates, 3)
+        inputs = shape.split(self._input)
 
         def step() -> torch.Tensor:
-            self._tables.set_blocks(updates)
-            return self._step(slots, query_lens, shape.bounds)
+            if shape.max_admissions:
+                self._tables.admit_records(inputs.admissions, inputs.ids)
+            self._tables.set_blocks(inputs.updates)
+            return self._step(inputs.slots, inputs.query_lens, shape.bounds)
 
         step()  # compiles kernels and sets libraries up, which a capture must not
         torch.cuda.synchronize()

@@ -1,24 +1,39 @@
 """Which steps get a CUDA graph of their own: so many decode rows, or so many tokens and rows of any kind.
 
-A step is padded to the first shape that it fits: with rows of the scratch slot, tokens of no row, and block updates for
-the scratch slot's table.
+A step is padded to the first shape that it fits: with rows of the scratch slot, tokens of no row, block updates for the
+scratch slot's table, and admissions to no slot. All that a graph reads is one array of words, so that a step is one
+copy and one launch.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model.attention import CapturedSteps
-from worker.plan import StepBounds, StepPlan
+from worker.plan import ADMISSION, NO_ADMISSION, StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
 
 _DECODE_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64))
 _MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _FEW_ROWS = 8
+_MAX_ADMISSIONS = 16
+_ADMISSION_WORDS = ADMISSION.itemsize // 4
 _LAUNCH_BOUND_FLOPS = 1e13
 """A step of more takes the device longer (some 15 ms) than the host takes to launch it: padding it would be a waste."""
+
+
+class StepWords(NamedTuple):
+    """What a captured step reads: arrays on the host, or tensors on the device."""
+
+    slots: Any  # [rows] int32
+    query_lens: Any  # [rows] int32
+    updates: Any  # [updates, 3] int32: slot, index in its block table, block
+    admissions: Any  # [admissions, words] int32: `ADMISSION`s
+    ids: Any  # [ids] int32: those of the admissions
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,8 @@ class StepShape:
     num_rows: int
     bounds: StepBounds
     max_updates: int
+    max_admissions: int = 0
+    max_ids: int = 0
 
     @classmethod
     def decode(cls, rows: int, max_model_len: int) -> StepShape:
@@ -39,7 +56,10 @@ class StepShape:
 
     @classmethod
     def mixed(cls, tokens: int, rows: int, max_model_len: int) -> StepShape:
-        """A step of any rows; padding rows have no tokens, padding tokens no row."""
+        """A step of any rows; padding rows have no tokens, padding tokens no row.
+
+        It admits sequences, unless there are very many, or their prompts longer than the step.
+        """
         bounds = StepBounds(
             num_tokens=tokens,
             num_decode_rows=0,
@@ -47,7 +67,7 @@ class StepShape:
             max_query_len=tokens,
             max_kv_len=max_model_len,
         )
-        return cls(rows, bounds, max_updates=rows + 128)
+        return cls(rows, bounds, max_updates=rows + 128, max_admissions=min(rows, _MAX_ADMISSIONS), max_ids=tokens)
 
     @property
     def is_decode(self) -> bool:
@@ -55,24 +75,54 @@ class StepShape:
 
     @property
     def num_words(self) -> int:
-        """int32 words of its input: slots, query_lens, block updates."""
-        return 2 * self.num_rows + 3 * self.max_updates
+        """int32 words of its input, of which those of `split` follow one another."""
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        updates, admissions = 3 * self.max_updates, _ADMISSION_WORDS * self.max_admissions
+        return self.num_rows, self.num_rows, updates, admissions, self.max_ids
+
+    def split(self, words: Any) -> StepWords:
+        """Divide the words of its input, an array on the host or a tensor on the device."""
+        ends = itertools.accumulate(self._sizes)
+        slots, lens, updates, admissions, ids = (
+            words[end - size : end] for end, size in zip(ends, self._sizes, strict=True)
+        )
+        return StepWords(slots, lens, updates.reshape(-1, 3), admissions.reshape(-1, _ADMISSION_WORDS), ids)
 
     def fits(self, plan: StepPlan) -> bool:
         if self.is_decode and not plan.is_decode:
             return False
         return plan.num_rows <= self.num_rows and plan.num_tokens <= self.bounds.num_tokens
 
-    def fill(self, words: np.ndarray, plan: StepPlan, updates: np.ndarray, scratch_slot: int) -> None:
-        """Write the input for `plan` with `updates` [n, 3] into `words` [num_words] int32, padded."""
-        slots, query_lens = words[: 2 * self.num_rows].reshape(2, self.num_rows)
-        slots[: plan.num_rows] = plan.slots
-        slots[plan.num_rows :] = scratch_slot
-        query_lens[: plan.num_rows] = plan.query_lens
-        query_lens[plan.num_rows :] = int(self.is_decode)
-        entered = words[2 * self.num_rows :].reshape(self.max_updates, 3)
-        entered[: len(updates)] = updates
-        entered[len(updates) :] = (scratch_slot, 0, 0)
+    def admits(self, plan: StepPlan) -> bool:
+        """Whether there is room for the sequences that a plan admits."""
+        return len(plan.admissions) <= self.max_admissions and len(plan.admitted_ids) <= self.max_ids
+
+    def enters(self, plan: StepPlan) -> bool:
+        """Whether there is room for the blocks that a plan enters."""
+        return len(plan.block_updates) <= self.max_updates
+
+    def fill(self, words: np.ndarray, plan: StepPlan, scratch_slot: int) -> int:
+        """Write the input for `plan` into `words` [num_words] int32, padded; return how many of them are read.
+
+        What it has no room for, admissions or block updates, is left out, all of a kind.
+        """
+        parts = self.split(words)
+        parts.slots[: plan.num_rows] = plan.slots
+        parts.slots[plan.num_rows :] = scratch_slot
+        parts.query_lens[: plan.num_rows] = plan.query_lens
+        parts.query_lens[plan.num_rows :] = int(self.is_decode)
+        updates = len(plan.block_updates) if self.enters(plan) else 0
+        parts.updates[:updates] = plan.block_updates[:updates]
+        parts.updates[updates:] = (scratch_slot, 0, 0)
+        admissions = len(plan.admissions) if self.admits(plan) else 0
+        ids = len(plan.admitted_ids) if admissions else 0
+        parts.admissions[:admissions] = plan.admissions[:admissions].view(np.int32).reshape(-1, _ADMISSION_WORDS)
+        parts.admissions[admissions:] = NO_ADMISSION.view(np.int32)
+        parts.ids[:ids] = plan.admitted_ids[:ids]
+        return self.num_words - self.max_ids + ids
 
 
 def step_shapes(runtime: RuntimeConfig, captured: CapturedSteps) -> list[StepShape]:

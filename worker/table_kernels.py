@@ -208,10 +208,12 @@ def _admit_kernel(
     RECORDS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program: one record."""
+    """One program: one record; nothing is done for one without a slot (-1)."""
     number = tl.program_id(0)
     record = records_ptr + number * WORDS
     slot = tl.load(record + _SLOT).to(tl.int64)
+    if slot < 0:
+        return
     num_ids = tl.load(record + _NUM_IDS)
     num_prompt = tl.load(record + _NUM_PROMPT)
     tl.store(computed_ptr + slot, tl.load(record + _NUM_CACHED))

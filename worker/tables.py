@@ -102,9 +102,14 @@ class SlotTables:
         packed = upload(np.concatenate((words, plan.admitted_ids)), self.device)  # at once: a copy takes its time
         records, ids = packed[: len(words)].view(len(plan.admissions), -1), packed[len(words) :]
         if self.use_triton:
-            admit_triton(self.state, records, ids)
+            self.admit_records(records, ids)
         else:
             admit_torch(self.state, records, ids, plan.admissions)
+
+    def admit_records(self, records: torch.Tensor, ids: torch.Tensor) -> None:
+        """`admit` on a GPU, by what is there already: ADMISSIONs as [admissions, words] int32, some of them to no slot
+        (-1), and the ids of all of them."""
+        admit_triton(self.state, records, ids)
 
     def set_blocks(self, updates: torch.Tensor) -> None:
         """Enter new KV blocks: [n, 3] int32 of slot, index in its block table, block (on the device)."""

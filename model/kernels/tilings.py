@@ -27,48 +27,74 @@ class Work(NamedTuple):
 
 MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
     {
-        Work(16, 6144, 1024, gated=True): Tiling("held", 16, 16, 1024, 4, 1, 1, 0),  # 0.6B gate_up: 7.3 us, else 10.3
-        Work(32, 6144, 1024, gated=True): Tiling("dot", 32, 32, 256, 4, 1, 4, 0),  # 0.6B gate_up: 8.2 us, else 10.4
-        Work(64, 6144, 1024, gated=True): Tiling("dot", 64, 32, 256, 4, 1, 3, 0),  # 0.6B gate_up: 9.5 us, else 10.7
-        Work(2, 1024, 3072): Tiling("fma", 2, 2, 2048, 8, 1, 2, 0),  # 0.6B down: 3.3 us, else 3.8
-        Work(16, 1024, 3072): Tiling("dot", 16, 16, 256, 1, 4, 4, 0),  # 0.6B down: 5.5 us, else 7.2
-        Work(32, 1024, 3072): Tiling("dot", 32, 32, 256, 4, 4, 4, 1024),  # 0.6B down: 6.4 us, else 7.2
-        Work(4, 151936, 1024): Tiling("fma", 4, 2, 256, 1, 1, 4, 0),  # 0.6B lm_head: 102.4 us, else 108.9
-        Work(16, 151936, 1024): Tiling("dot", 16, 128, 128, 8, 1, 4, 0),  # 0.6B lm_head: 106.7 us, else 116.0
-        Work(32, 151936, 1024): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 0.6B lm_head: 109.5 us, else 118.5
-        Work(64, 151936, 1024): Tiling("dot", 64, 64, 128, 4, 1, 3, 0),  # 0.6B lm_head: 113.3 us, else 123.3
-        Work(8, 6144, 4096): Tiling("dot", 8, 32, 256, 2, 2, 4, 1024),  # 8B qkv: 21.0 us, else 22.7
-        Work(16, 6144, 4096): Tiling("dot", 16, 32, 256, 4, 2, 4, 1024),  # 8B qkv: 21.7 us, else 22.9
-        Work(32, 24576, 4096, gated=True): Tiling("dot", 32, 64, 256, 4, 1, 3, 0),  # 8B gate_up: 71.9 us, else 77.2
-        Work(32, 4096, 12288): Tiling("dot", 32, 64, 256, 4, 2, 3, 1024),  # 8B down: 37.0 us, else 40.1
-        Work(16, 151936, 4096): Tiling("dot", 16, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 409.7 us, else 442.6
-        Work(32, 151936, 4096): Tiling("dot", 32, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 415.5 us, else 446.3
-        Work(8, 3072, 4096): Tiling("dot", 8, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 12.9 us, else 15.0
-        Work(16, 3072, 4096): Tiling("dot", 16, 32, 256, 4, 4, 4, 0),  # 8B/2 qkv: 13.1 us, else 15.3
-        Work(32, 3072, 4096): Tiling("dot", 32, 64, 128, 4, 4, 4, 0),  # 8B/2 qkv: 13.9 us, else 15.7
-        Work(2, 4096, 2048): Tiling("fma", 2, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 6.9 us, else 7.1
-        Work(16, 4096, 2048): Tiling("dot", 16, 64, 256, 4, 2, 3, 1024),  # 8B/2 o: 8.0 us, else 8.2
-        Work(16, 12288, 4096, gated=True): Tiling("dot", 16, 32, 256, 2, 1, 4, 0),  # 8B/2 gate_up: 38.3 us, else 41.8
-        Work(32, 12288, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 4, 0),  # 8B/2 gate_up: 38.4 us, else 44.4
-        Work(64, 12288, 4096, gated=True): Tiling("dot", 64, 64, 128, 4, 1, 3, 0),  # 8B/2 gate_up: 39.8 us, else 43.1
-        Work(2, 4096, 6144): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 8B/2 down: 18.0 us, else 18.8
-        Work(4, 4096, 6144): Tiling("fma", 4, 4, 2048, 8, 1, 3, 0),  # 8B/2 down: 19.0 us, else 21.5
-        Work(32, 4096, 6144): Tiling("dot", 32, 64, 256, 4, 2, 3, 1024),  # 8B/2 down: 20.4 us, else 22.5
-        Work(32, 75968, 4096): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B/2 lm_head: 210.0 us, else 222.5
-        Work(64, 75968, 4096): Tiling("dot", 64, 128, 128, 8, 1, 4, 0),  # 8B/2 lm_head: 217.1 us, else 226.3
-        Work(4, 5120, 5120): None,  # 32B/2 qkv: 24.1 us, else 22.4
-        Work(2, 25600, 5120, gated=True): Tiling("fma", 2, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 88.5 us, else 91.5
-        Work(4, 25600, 5120, gated=True): Tiling("fma", 4, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 94.8 us, else 97.1
-        Work(16, 25600, 5120, gated=True): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 32B/2 gate_up: 91.0 us, else 97.6
-        Work(4, 5120, 12800): Tiling("dot", 8, 32, 256, 2, 1, 4, 1024),  # 32B/2 down: 48.4 us, else 50.2
-        Work(2, 75968, 5120): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 245.3 us, else 268.9
-        Work(4, 75968, 5120): Tiling("dot", 8, 32, 256, 2, 1, 4, 0),  # 32B/2 lm_head: 254.7 us, else 270.1
+        Work(1, 4096, 1024): Tiling("fma", 1, 4, 256, 1, 1, 4, 0),  # 0.6B qkv: 3.1, else 3.7
+        Work(2, 4096, 1024): Tiling("fma", 2, 4, 512, 2, 1, 2, 0),  # 0.6B qkv: 3.5, else 4.6
+        Work(8, 4096, 1024): Tiling("held", 8, 16, 1024, 4, 1, 1, 0),  # 0.6B qkv: 3.6, else 3.7
+        Work(16, 4096, 1024): Tiling("dot", 16, 64, 256, 4, 2, 3, 512),  # 0.6B qkv: 4.7, else 5.1
+        Work(32, 4096, 1024): Tiling("wide", 32, 64, 128, 4, 1, 6, 0, 64),  # 0.6B qkv: 4.4, else 6.6
+        Work(128, 4096, 1024): Tiling("wide", 128, 64, 128, 4, 1, 6, 0, 64),  # 0.6B qkv: 4.9, else 6.6
+        Work(256, 4096, 1024): Tiling("wide", 256, 64, 128, 4, 1, 4, 0, 128),  # 0.6B qkv: 6.0, else 7.7
+        Work(1, 1024, 2048): Tiling("fma", 1, 2, 1024, 4, 1, 2, 0),  # 0.6B o: 2.1, else 2.2
+        Work(2, 1024, 2048): Tiling("fma", 2, 2, 1024, 4, 1, 2, 0),  # 0.6B o: 2.6, else 2.9
+        Work(32, 1024, 2048): Tiling("wide", 32, 32, 256, 4, 2, 4, 0, 64),  # 0.6B o: 5.2, else 6.8
+        Work(128, 1024, 2048): Tiling("wide", 128, 32, 256, 4, 1, 4, 0, 64),  # 0.6B o: 5.1, else 7.1
+        Work(256, 1024, 2048): Tiling("wide", 256, 32, 256, 4, 1, 4, 0, 64),  # 0.6B o: 5.6, else 7.5
+        Work(32, 6144, 1024, gated=True): Tiling("dot", 32, 32, 256, 4, 1, 4, 0),  # 0.6B gate_up: 6.5, else 8.5
+        Work(128, 6144, 1024, gated=True): Tiling("wide", 128, 64, 128, 4, 1, 4, 0, 128),  # 0.6B gate_up: 7.6, else 8.9
+        Work(256, 6144, 1024, gated=True): Tiling(
+            "wide", 256, 128, 64, 4, 1, 6, 0, 128
+        ),  # 0.6B gate_up: 9.5, else 10.6
+        Work(1, 1024, 3072): Tiling("fma", 1, 2, 1024, 4, 1, 3, 0),  # 0.6B down: 2.6, else 3.0
+        Work(2, 1024, 3072): Tiling("fma", 2, 4, 2048, 8, 1, 2, 0),  # 0.6B down: 3.4, else 4.2
+        Work(32, 1024, 3072): Tiling("wide", 32, 32, 128, 4, 4, 6, 0, 64),  # 0.6B down: 6.6, else 8.2
+        Work(64, 1024, 3072): Tiling("wide", 64, 32, 128, 4, 4, 6, 0, 64),  # 0.6B down: 5.8, else 8.5
+        Work(128, 1024, 3072): Tiling("wide", 128, 32, 256, 4, 2, 4, 0, 64),  # 0.6B down: 6.4, else 8.7
+        Work(256, 1024, 3072): Tiling("wide", 256, 32, 256, 4, 1, 4, 0, 64),  # 0.6B down: 7.3, else 8.8
+        Work(1, 151936, 1024): Tiling("fma", 1, 8, 512, 2, 1, 2, 0),  # 0.6B lm_head: 70.5, else 92.0
+        Work(2, 151936, 1024): Tiling("fma", 2, 4, 512, 2, 1, 2, 0),  # 0.6B lm_head: 71.1, else 92.1
+        Work(4, 151936, 1024): Tiling("dot", 8, 64, 256, 4, 1, 3, 0),  # 0.6B lm_head: 73.4, else 86.4
+        Work(16, 151936, 1024): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 0.6B lm_head: 76.1, else 80.5
+        Work(32, 151936, 1024): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 0.6B lm_head: 77.1, else 82.8
+        Work(16, 6144, 4096): Tiling("dot", 16, 32, 256, 2, 2, 4, 1024),  # 8B qkv: 15.7, else 19.2
+        Work(32, 6144, 4096): Tiling("dot", 32, 64, 128, 4, 2, 3, 0),  # 8B qkv: 16.7, else 17.5
+        Work(8, 4096, 4096): Tiling("dot", 8, 128, 128, 8, 8, 4, 0),  # 8B o: 11.4, else 12.3
+        Work(32, 4096, 4096): Tiling("dot", 32, 64, 256, 4, 2, 3, 0),  # 8B o: 11.5, else 14.7
+        Work(16, 24576, 4096, gated=True): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 8B gate_up: 49.0, else 50.9
+        Work(32, 24576, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B gate_up: 49.5, else 53.4
+        Work(64, 24576, 4096, gated=True): Tiling("wide", 64, 64, 64, 4, 1, 4, 0, 64),  # 8B gate_up: 51.6, else 55.1
+        Work(1, 4096, 12288): Tiling("fma", 1, 2, 4096, 16, 1, 3, 0),  # 8B down: 24.1, else 26.9
+        Work(8, 4096, 12288): Tiling("dot", 8, 128, 128, 8, 8, 4, 0),  # 8B down: 27.9, else 31.2
+        Work(32, 4096, 12288): Tiling("dot", 32, 64, 256, 4, 2, 3, 0),  # 8B down: 28.1, else 31.2
+        Work(16, 151936, 4096): Tiling("dot", 16, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 283.7, else 296.0
+        Work(32, 151936, 4096): Tiling("dot", 32, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 288.8, else 306.7
+        Work(64, 151936, 4096): Tiling("wide", 64, 128, 64, 4, 1, 3, 0, 64),  # 8B lm_head: 294.7, else 310.9
+        # On an H100:
+        Work(8, 3072, 4096): Tiling("dot", 8, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 12.9, else 15.0
+        Work(16, 3072, 4096): Tiling("dot", 16, 32, 256, 4, 4, 4, 0),  # 8B/2 qkv: 13.1, else 15.3
+        Work(32, 3072, 4096): Tiling("dot", 32, 64, 128, 4, 4, 4, 0),  # 8B/2 qkv: 13.9, else 15.7
+        Work(2, 4096, 2048): Tiling("fma", 2, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 6.9, else 7.1
+        Work(16, 4096, 2048): Tiling("dot", 16, 64, 256, 4, 2, 3, 1024),  # 8B/2 o: 8.0, else 8.2
+        Work(16, 12288, 4096, gated=True): Tiling("dot", 16, 32, 256, 2, 1, 4, 0),  # 8B/2 gate_up: 38.3, else 41.8
+        Work(32, 12288, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 4, 0),  # 8B/2 gate_up: 38.4, else 44.4
+        Work(64, 12288, 4096, gated=True): Tiling("dot", 64, 64, 128, 4, 1, 3, 0),  # 8B/2 gate_up: 39.8, else 43.1
+        Work(2, 4096, 6144): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 8B/2 down: 18.0, else 18.8
+        Work(4, 4096, 6144): Tiling("fma", 4, 4, 2048, 8, 1, 3, 0),  # 8B/2 down: 19.0, else 21.5
+        Work(32, 4096, 6144): Tiling("dot", 32, 64, 256, 4, 2, 3, 1024),  # 8B/2 down: 20.4, else 22.5
+        Work(32, 75968, 4096): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B/2 lm_head: 210.0, else 222.5
+        Work(64, 75968, 4096): Tiling("dot", 64, 128, 128, 8, 1, 4, 0),  # 8B/2 lm_head: 217.1, else 226.3
+        Work(4, 5120, 5120): None,  # 32B/2 qkv: 24.1, else 22.4
+        Work(2, 25600, 5120, gated=True): Tiling("fma", 2, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 88.5, else 91.5
+        Work(4, 25600, 5120, gated=True): Tiling("fma", 4, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 94.8, else 97.1
+        Work(16, 25600, 5120, gated=True): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 32B/2 gate_up: 91.0, else 97.6
+        Work(4, 5120, 12800): Tiling("dot", 8, 32, 256, 2, 1, 4, 1024),  # 32B/2 down: 48.4, else 50.2
+        Work(2, 75968, 5120): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 245.3, else 268.9
+        Work(4, 75968, 5120): Tiling("dot", 8, 32, 256, 2, 1, 4, 0),  # 32B/2 lm_head: 254.7, else 270.1
     }
 )
 """None where separate kernels are faster.
 
-Measured on an H100, without what stands behind the product or is applied to it, but for the gate; the comments tell
-what a launch takes, and what it takes without the entry (docs/performance.md).
+Measured on an H200 with what stands around the layers, or as it says on an H100, there without norms. The comments tell
+what a launch takes, and what it takes without the entry, in microseconds (docs/performance.md).
 """
 
 
@@ -92,6 +118,8 @@ def default_tiling(work: Work) -> Tiling | None:
     """Return what is like the best tilings of the sizes that were measured; None where few of those beat cuBLAS."""
     if work.rows <= 2:
         return _fma_tiling(work)
+    if work.rows == 64:
+        return _wide_tiling(work)
     if work.rows > 16:
         return None
     if work.k <= _MOST_HELD[work.rows] and work.n <= 16384:
@@ -136,3 +164,15 @@ def _dot_tiling(work: Work) -> Tiling:
         splits *= 2
     prefetch = 0 if few or splits == 1 else 1024
     return Tiling("dot", work.rows, block_n, block_k, warps, splits, stages=4 if few else 3, prefetch=prefetch)
+
+
+def _wide_tiling(work: Work) -> Tiling:
+    """Give each program 64 weight rows, unless that leaves too many of a Hopper's multiprocessors without one."""
+    programs = work.n // 64
+    if programs >= 90:
+        # Beyond two for each of them, programs that fit on one together hide what each of them waits for.
+        return Tiling("wide", work.rows, 64, 128, 4, stages=6 if programs <= 264 else 3, block_rows=64)
+    splits = 1
+    while work.n // 32 * splits < 60 and 4 * splits * 256 <= work.k:
+        splits *= 2
+    return Tiling("wide", work.rows, 32, 256, 4, splits, stages=4, block_rows=64)

@@ -13,6 +13,7 @@ from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from worker.config import EngineConfig
 from worker.messages import SamplingParams, Submit, ids_to_bytes
+from worker.plan import ADMISSION, StepPlan
 from worker.runner import Runner, build_runner
 from worker.runtime import resolve
 from worker.scheduler import Scheduler, SchedulerLimits
@@ -73,11 +74,10 @@ class PaddedRunner:
         self.used.add(index)
         shape = self._shapes[index]
         words = np.full(shape.num_words, 2**30, np.int32)
-        shape.fill(words, plan, plan.block_updates, tables.scratch_slot)
-        packed = torch.from_numpy(words)
-        tables.set_blocks(packed[2 * shape.num_rows :].view(-1, 3))
-        slots, query_lens = packed[: 2 * shape.num_rows].view(2, -1).unbind(0)
-        return self._runner._step(slots, query_lens, shape.bounds)[: plan.num_rows].numpy()
+        shape.fill(words, plan, tables.scratch_slot)
+        inputs = shape.split(torch.from_numpy(words))
+        tables.set_blocks(inputs.updates)
+        return self._runner._step(inputs.slots, inputs.query_lens, shape.bounds)[: plan.num_rows].numpy()
 
 
 @pytest.mark.parametrize("arrivals", [[0] * 8, [0, 0, 1, 2, 5, 5, 9, 9]])
@@ -118,6 +118,42 @@ def test_shapes_take_what_fits() -> None:
     assert (decode.bounds.num_tokens, decode.bounds.max_chunk_rows) == (4, 0)
     assert (mixed.bounds.num_tokens, mixed.bounds.max_chunk_rows) == (64, 4)
     assert StepShape.mixed(4, 8, MAX_LEN).bounds.max_chunk_rows == 2  # a chunk has two tokens at least
+
+
+def test_shapes_admit_what_they_have_room_for() -> None:
+    shape = StepShape.mixed(64, 4, MAX_LEN)
+
+    def admit(*num_ids: int) -> StepPlan:
+        records = np.zeros(len(num_ids), ADMISSION)
+        records["num_ids"], records["slot"], records["seed"] = num_ids, np.arange(len(num_ids)), -5
+        ones = np.ones(len(num_ids), np.int32)
+        return StepPlan(
+            step=0,
+            slots=ones,
+            query_lens=ones,
+            num_decode_rows=0,
+            max_query_len=1,
+            max_kv_len=1,
+            block_updates=np.full((2, 3), 7, np.int32),
+            admissions=records,
+            admitted_ids=np.arange(sum(num_ids), dtype=np.int32),
+        )
+
+    for plan, expected in ((admit(40, 24), 2), (admit(40, 25), 0), (admit(1, 1, 1, 1), 4), (admit(), 0)):
+        assert shape.admits(plan) == (expected == len(plan.admissions))
+        words = np.full(shape.num_words, 2**30, np.int32)
+        used = shape.fill(words, plan, scratch_slot=9)
+        parts = shape.split(words)
+        assert parts.updates.tolist() == [[7, 7, 7]] * 2 + [[9, 0, 0]] * (shape.max_updates - 2)
+        records = np.ascontiguousarray(parts.admissions).view(ADMISSION)[:, 0]
+        assert records[:expected].tobytes() == plan.admissions[:expected].tobytes()
+        assert (records["slot"][expected:] == -1).all()
+        assert (records["num_ids"][expected:] == 0).all()
+        ids = plan.admitted_ids if expected else plan.admitted_ids[:0]
+        assert parts.ids[: len(ids)].tolist() == ids.tolist()
+        assert used == shape.num_words - shape.max_ids + len(ids)
+    assert not shape.admits(admit(*[1] * 5)), "there are four rows"
+    assert not StepShape.decode(4, MAX_LEN).admits(admit(1))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])

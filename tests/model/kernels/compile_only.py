@@ -27,7 +27,7 @@ import worker.tables
 from model import sampler
 from model.attention.triton_backend import TritonAttention
 from model.config import Qwen3Config
-from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
+from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from worker.plan import StepBounds
@@ -97,7 +97,7 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype) -> None:
         (config.num_hidden_layers, 2, 2, BLOCK, config.num_key_value_heads, config.head_dim), dtype=dtype
     )
     for rows, chunks in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (5, 3), (8, 8)):
-        tokens = 128 if chunks else rows
+        tokens = 320 if chunks else rows
         bounds = StepBounds(
             num_tokens=tokens,
             num_decode_rows=0 if chunks else rows,
@@ -114,12 +114,15 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype) -> None:
 
 
 def run_sums(width: int, dtype: torch.dtype) -> None:
-    """What ranks do together."""
+    """What ranks do together, in one shot and in two."""
     nowhere = torch.zeros(2, dtype=torch.int64)
-    peers = Peers(rank=1, summands=nowhere, flags=nowhere, epochs=torch.zeros(SLOTS, dtype=torch.int32))
     shape = torch.Size((SLOTS, width))
-    peer_sum(shape, dtype, peers)
-    peer_sum_add_rms_norm(torch.zeros(shape, dtype=dtype), torch.ones(width, dtype=dtype), 1e-6, peers)
+    residual, weight = torch.zeros(shape, dtype=dtype), torch.ones(width, dtype=dtype)
+    for outputs in (None, Outputs(own=torch.zeros(shape.numel(), dtype=dtype), addresses=nowhere)):
+        meetings = torch.zeros(SLOTS, dtype=torch.int32)
+        peers = Peers(rank=1, summands=nowhere, flags=nowhere, meetings=meetings, outputs=outputs)
+        peer_sum(shape, dtype, peers)
+        peer_sum_add_rms_norm(residual, weight, 1e-6, peers)
 
 
 def describe(kernel: Any) -> dict[str, object]:

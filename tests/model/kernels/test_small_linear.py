@@ -53,7 +53,7 @@ CASES = [(tiling, dtype) for tiling in TILINGS for dtype in (torch.float32, HALF
 CASES += [(replace(HELD, block_k=2048, warps=8), torch.bfloat16), (replace(HELD, rows=64), torch.bfloat16)] * ON_GPU
 MATCH = MATCH | {torch.float16: 2e-3}
 CLOSE = {torch.float32: 4e-6, torch.float16: 8e-3, torch.bfloat16: 2**-7 if ON_GPU else 8e-2}
-"""Sums of another order: the largest element of a few may be rounded to its neighbour, and the gate's product again."""
+"""Sums of another order: the largest element of a few may be rounded to its neighbour, and with a gate two more."""
 
 
 class Layer(NamedTuple):
@@ -147,7 +147,7 @@ def test_small_linear(triton_device: torch.device, dtype: torch.dtype, tiling: T
         assert relative_error(out, exact(inputs, **options)) < 2 * TOLERANCE[dtype], (n, k, rows)
         if not layer.scaled:  # where the norm's rounding differs
             expected = small_linear_torch(x, *inputs[1:], **options)
-            assert relative_error(out, expected) < CLOSE[dtype], (n, k, rows)
+            assert relative_error(out, expected) < (2 if layer.gated else 1) * CLOSE[dtype], (n, k, rows)
         assert all(map(torch.equal, given, before)), "inputs are not written"
 
 
@@ -193,7 +193,7 @@ def test_a_norm_between_two_layers(triton_device: torch.device, tiling: Tiling) 
     assert relative_error(out, finished) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [*range(1, 9), 11, 16])
+@pytest.mark.parametrize("rows", [*range(1, 9), 11, 16, 33, 64])
 def test_any_number_of_rows_by_default(triton_device: torch.device, rows: int) -> None:
     inputs = tensors(rows, 36, 136, torch.float32, triton_device)
     tiling = tiling_for(rows, 36, 136, gated=True)
