@@ -384,7 +384,8 @@ class Result:
         if self.by_default < 1.03 * min(us, self.separate) or wanted == default_tiling(work):
             return None
         key = f"Work({work.rows}, {work.n}, {work.k}{', gated=True' if work.gated else ''})"
-        comment = f"{layer.model} {layer.name}: {us:.1f}, else {self.by_default:.1f}"
+        least = us if wanted else self.separate
+        comment = f"{layer.model} {layer.name}: {least:.1f}, else {self.by_default:.1f}"
         return f"{key}: {source(wanted) if wanted else None},  # {comment}"
 
     def report(self) -> dict[str, object]:

@@ -24,19 +24,20 @@ import torch.distributed as dist
 from model.errors import ModelError
 from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
 
-MAX_PEER_BYTES = 1 << 20
+MAX_PEER_BYTES = 4 << 20
 """What a rank reads from all others in one shot at most. Larger tensors are summed in two.
 
-Measured with two ranks only, on H100s, and with PyTorch's kernels in the place of ours, where one shot takes 1 us less
-at 1 MiB, and half a us more at 1.25 MiB. With more ranks a rank reads more for the same tensor in one shot, and hardly
-more in two; that they take smaller tensors in one is reckoned from that. `python -m bench.all_reduce` measures it.
+Measured with two ranks only, on H200s: with the norm, one shot is 2 us faster at 4 MiB, two shots are at 5, and from 8
+MiB on they are the same to 3 %. (Both move as many bytes between two ranks.) With more ranks a rank reads more for the
+same tensor in one shot, and hardly more in two; that they take smaller tensors in one is reckoned from that.
+`python -m bench.all_reduce` measures it.
 """
 
 MAX_TWO_SHOT_BYTES = 20 << 20
 """The largest summand of a rank that is added up in two shots: 2,048 rows of 5,120 in 16 bits. The rest is NCCL's.
 
-Where NCCL would be faster is not known. Up to 5 MiB, the largest that was measured (two H100s), PyTorch's two-shot
-kernel wins, by 13 us there. This bound is on the memory, of which twice as much is allocated.
+Up to there, two shots with the norm take 0.6 to 0.7 times as long as NCCL and a norm's kernel (two H200s); beyond,
+nothing was measured. The bound is on the memory, of which twice as much is allocated.
 """
 
 MAX_PROGRAMS = 8192

@@ -68,20 +68,36 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(16, 151936, 4096): Tiling("dot", 16, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 283.7, else 296.0
         Work(32, 151936, 4096): Tiling("dot", 32, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 288.8, else 306.7
         Work(64, 151936, 4096): Tiling("wide", 64, 128, 64, 4, 1, 3, 0, 64),  # 8B lm_head: 294.7, else 310.9
+        Work(8, 3072, 4096): Tiling("dot", 8, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 9.1, else 9.5
+        Work(64, 3072, 4096): None,  # 8B/2 qkv: 9.6, else 10.0
+        Work(1, 4096, 2048): Tiling("fma", 1, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 5.2, else 5.7
+        Work(8, 4096, 2048): Tiling("held", 8, 8, 512, 4, 1, 4, 0),  # 8B/2 o: 6.5, else 6.8
+        Work(64, 12288, 4096, gated=True): None,  # 8B/2 gate_up: 29.2, else 30.4
+        Work(8, 4096, 6144): Tiling("dot", 8, 64, 128, 4, 8, 4, 0),  # 8B/2 down: 15.4, else 16.9
+        Work(64, 75968, 4096): None,  # 8B/2 lm_head: 150.7, else 154.1
+        Work(8, 5120, 5120): None,  # 32B/2 qkv: 15.1, else 17.3
+        Work(8, 5120, 4096): None,  # 32B/2 o: 12.9, else 14.5
+        Work(64, 5120, 4096): None,  # 32B/2 o: 13.6, else 17.9
+        Work(64, 25600, 5120, gated=True): Tiling(
+            "wide", 64, 128, 128, 4, 1, 4, 0, 64
+        ),  # 32B/2 gate_up: 66.3, else 70.0
+        Work(1, 5120, 12800): Tiling("fma", 1, 2, 4096, 16, 1, 4, 0),  # 32B/2 down: 30.1, else 35.6
+        Work(8, 5120, 12800): None,  # 32B/2 down: 36.2, else 39.8
+        Work(1, 75968, 5120): Tiling("fma", 1, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 168.5, else 189.0
+        Work(16, 5120, 5120): None,  # 32B/2 qkv: as with 8 rows
+        Work(16, 5120, 4096): None,  # 32B/2 o: as with 8 rows
+        Work(16, 5120, 12800): None,  # 32B/2 down: as with 8 rows
         # On an H100:
-        Work(8, 3072, 4096): Tiling("dot", 8, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 12.9, else 15.0
         Work(16, 3072, 4096): Tiling("dot", 16, 32, 256, 4, 4, 4, 0),  # 8B/2 qkv: 13.1, else 15.3
         Work(32, 3072, 4096): Tiling("dot", 32, 64, 128, 4, 4, 4, 0),  # 8B/2 qkv: 13.9, else 15.7
         Work(2, 4096, 2048): Tiling("fma", 2, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 6.9, else 7.1
         Work(16, 4096, 2048): Tiling("dot", 16, 64, 256, 4, 2, 3, 1024),  # 8B/2 o: 8.0, else 8.2
         Work(16, 12288, 4096, gated=True): Tiling("dot", 16, 32, 256, 2, 1, 4, 0),  # 8B/2 gate_up: 38.3, else 41.8
         Work(32, 12288, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 4, 0),  # 8B/2 gate_up: 38.4, else 44.4
-        Work(64, 12288, 4096, gated=True): Tiling("dot", 64, 64, 128, 4, 1, 3, 0),  # 8B/2 gate_up: 39.8, else 43.1
         Work(2, 4096, 6144): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 8B/2 down: 18.0, else 18.8
         Work(4, 4096, 6144): Tiling("fma", 4, 4, 2048, 8, 1, 3, 0),  # 8B/2 down: 19.0, else 21.5
         Work(32, 4096, 6144): Tiling("dot", 32, 64, 256, 4, 2, 3, 1024),  # 8B/2 down: 20.4, else 22.5
         Work(32, 75968, 4096): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B/2 lm_head: 210.0, else 222.5
-        Work(64, 75968, 4096): Tiling("dot", 64, 128, 128, 8, 1, 4, 0),  # 8B/2 lm_head: 217.1, else 226.3
         Work(4, 5120, 5120): None,  # 32B/2 qkv: 24.1, else 22.4
         Work(2, 25600, 5120, gated=True): Tiling("fma", 2, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 88.5, else 91.5
         Work(4, 25600, 5120, gated=True): Tiling("fma", 4, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 94.8, else 97.1
@@ -118,7 +134,7 @@ def default_tiling(work: Work) -> Tiling | None:
     """Return what is like the best tilings of the sizes that were measured; None where few of those beat cuBLAS."""
     if work.rows <= 2:
         return _fma_tiling(work)
-    if work.rows == 64:
+    if work.rows == 64 and min(work.n, work.k) <= 4096:
         return _wide_tiling(work)
     if work.rows > 16:
         return None
