@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import multiprocessing
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import model.kernels
+import worker.table_kernels
 from bench.profile import Engine, group_of, report, run_ranks
 from tests.bench import profiled_ranks
 from tests.bench.profiled_ranks import config_for
@@ -86,6 +90,13 @@ def test_no_process_is_left_when_it_is_ended(number: signal.Signals, root: Path,
 )
 def test_groups(kernel: str, group: str) -> None:
     assert group_of(kernel) == group
+
+
+def test_every_kernel_of_ours_has_a_group() -> None:
+    modules = [importlib.import_module(f"model.kernels.{m.name}") for m in pkgutil.iter_modules(model.kernels.__path__)]
+    kernels = [name for module in (*modules, worker.table_kernels) for name in vars(module) if name.endswith("_kernel")]
+    assert len(kernels) > 12
+    assert [name for name in kernels if group_of(name) == "torch"] == []
 
 
 def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
