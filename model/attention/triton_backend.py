@@ -12,11 +12,10 @@ from model.kernels.attention import AttentionPlan, paged_attention_triton, paged
 from model.kernels.rope_kv import Projected
 from model.kernels.runtime import wanted
 
-_FEW_PROGRAMS = 256
-"""So many rows times KV heads are decoded in one launch with the norms and RoPE: nearly two for each of a Hopper's 132
-multiprocessors. With more, programs come one after the other, and each would make the next wait for its queries. With a
-power of two, a step and the graph that it is padded to are on the same side. A lone row is left out: it is split among
-many programs, each of which would norm and rotate the same."""
+_FEW_PROGRAMS = 128
+"""So many rows times KV heads are decoded in one launch with the norms and RoPE: one for each of a Hopper's 132
+multiprocessors. With twice as many it is slower. With a power of two, a step and the graph that it is padded to are on
+the same side. A lone row is left out: it is split among many programs, each of which would norm and rotate the same."""
 
 
 class TritonAttention:
