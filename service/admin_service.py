@@ -72,8 +72,13 @@ class AdminServicer:
 
     async def Abort(self, message: admin_pb2.AbortRequest, context: Context) -> admin_pb2.AbortResponse:
         ids, everything = convert.abort_request(message)
-        answers = await self._gateways.ask(AbortCalls(ids, everything))
-        aborted = {request_id for answer in answers for request_id in answer.aborted}
+        aborted: set[str] = set()
+        question: AbortCalls | None = AbortCalls(ids, everything)
+        while question is not None:
+            answers = await self._gateways.ask(question)
+            aborted.update(request_id for answer in answers for request_id in answer.aborted)
+            unfinished = [answer.aborted[-1] for answer in answers if answer.more]
+            question = AbortCalls([], everything, min(unfinished)) if unfinished else None
         outcomes = [(request_id, request_id in aborted) for request_id in dict.fromkeys([*ids, *sorted(aborted)])]
         return convert.abort_response(outcomes)
 

@@ -34,6 +34,7 @@ from service.requests import (
 from service.streams import DeltaEvent, Event, FinishedEvent, Reply, StartedEvent
 from service.tokenizing import Encoded
 from worker.client import EngineState
+from worker.control import MAX_NAMED_CALLS
 from worker.messages import MAX_STOP_IDS, EngineInfo, EngineStats, FinishReason, SamplingParams
 
 # Fields of a GenerateRequest that do not work yet, each with the value that asks for nothing (None: any value asks).
@@ -68,7 +69,6 @@ _UNSUPPORTED_IN_TOKENIZE: Mapping[str, object] = {
 
 MAX_TEMPLATE_ARGUMENTS = 32
 MAX_TEMPLATE_ARGUMENTS_BYTES = 64 * 2**10
-MAX_ABORTED = 500
 
 _ABORTABLE = re.compile(r"[ -~]{0,128}")
 
@@ -453,11 +453,11 @@ def abort_request(message: admin_pb2.AbortRequest) -> tuple[list[str], bool]:
     """Request ids, and whether everything is meant.
 
     Raises InvalidRequestError for ids that no call can have, and for more of them than a message between gateways is
-    sure to hold (`worker.control.MAX_OFFER_BYTES`).
+    sure to hold (`worker.control.MAX_NAMED_CALLS`).
     """
     ids = list(message.request_ids)
-    if len(ids) > MAX_ABORTED or any(not _ABORTABLE.fullmatch(request_id) for request_id in ids):
-        told = f"takes at most {MAX_ABORTED} ids, each of up to 128 printable ASCII characters"
+    if len(ids) > MAX_NAMED_CALLS or any(not _ABORTABLE.fullmatch(request_id) for request_id in ids):
+        told = f"takes at most {MAX_NAMED_CALLS} ids, each of up to 128 printable ASCII characters"
         raise InvalidRequestError([Violation("request_ids", told)])
     return ids, message.all
 

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from service.admission import Admission
 from service.errors import AdminAbortError, UnavailableError
 from service.streams import OpenCalls
-from worker.control import AbortCalls, Answer, Ask, ChildEnd, CloseDoor, Figures, Question, Standing
+from worker.control import (
+    MAX_NAMED_CALLS,
+    AbortCalls,
+    Answer,
+    Ask,
+    ChildEnd,
+    CloseDoor,
+    Figures,
+    Question,
+    Standing,
+)
 from worker.messages import EngineStats
 from worker.vitals import STALLED_S
 
@@ -111,13 +121,18 @@ class Gateways:
         """This gateway's part."""
         question = asked.question
         aborted: list[str] = []
+        more = False
         if isinstance(question, AbortCalls):
-            wanted = self._calls.ids() if question.everything else question.request_ids
+            wanted = question.request_ids
+            if question.everything:
+                wanted = sorted(request_id for request_id in self._calls.ids() if request_id > question.after)
+                more = len(wanted) > MAX_NAMED_CALLS
+            wanted = wanted[:MAX_NAMED_CALLS]
             aborted = [request_id for request_id in wanted if self._calls.end(request_id, AdminAbortError())]
         elif isinstance(question, CloseDoor):
             self._close_door()
             await self._calls.wait_idle(question.wait_s)
-        return Answer(asked.asker, asked.ticket, self._standing, aborted)
+        return Answer(asked.asker, asked.ticket, self._standing, aborted, more)
 
     @property
     def _standing(self) -> Standing:

@@ -94,10 +94,11 @@ class CloseDoor(msgspec.Struct, frozen=True, tag="close_door"):
 
 
 class AbortCalls(msgspec.Struct, frozen=True, tag="abort_calls"):
-    """End these calls, or all."""
+    """End these calls, or all whose ids come behind `after` in order, as many as an answer can name."""
 
     request_ids: list[str]
     everything: bool
+    after: str = ""
 
 
 Question = Look | CloseDoor | AbortCalls
@@ -118,6 +119,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     ticket: int
     standing: Standing = Standing()
     aborted: list[str] = []
+    more: bool = False  # calls were to be ended, but not named any more: those behind the last one of `aborted`
 
 
 class Figures(msgspec.Struct, frozen=True, tag="figures"):
@@ -133,6 +135,9 @@ BetweenGateways = Ask | Answer | Figures
 
 MAX_OFFER_BYTES = 128 * 1024
 """A message between gateways that is longer is not passed on."""
+
+MAX_NAMED_CALLS = 500
+"""So many request ids, of up to 128 printable ASCII characters, a message between gateways is sure to hold."""
 
 FromChild = Progress | Up | Fatal | Heartbeat | Serving | BetweenGateways
 ToChild = EngineLost | EngineDead | Drain | Stop | BetweenGateways

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
@@ -30,7 +31,20 @@ from tests.service.conftest import Serve, collect, eventually, generate_request,
 from tests.service.test_errors import failure, failure_by_reading
 from tests.service.test_metrics import fetch
 from worker.config import ConfigError
-from worker.control import AbortCalls, Answer, Ask, ChildEnd, CloseDoor, Drain, Figures, Look, Standing, SupervisorEnd
+from worker.control import (
+    MAX_NAMED_CALLS,
+    MAX_OFFER_BYTES,
+    AbortCalls,
+    Answer,
+    Ask,
+    ChildEnd,
+    CloseDoor,
+    Drain,
+    Figures,
+    Look,
+    Standing,
+    SupervisorEnd,
+)
 from worker.messages import EngineStats
 from worker.vitals import STALLED_S
 
@@ -100,6 +114,32 @@ async def test_an_abort_reaches_all_and_tells_what_was_found(serve: Serve) -> No
         assert (await other.ask(AbortCalls(["elsewhere"], everything=False))).aborted == []
         assert (await other.ask(AbortCalls([], everything=True))).aborted == ["here"]
         assert (await failure_by_reading(call)).code is grpc.StatusCode.ABORTED
+
+
+async def test_more_calls_are_aborted_than_an_answer_names(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateways, "MAX_NAMED_CALLS", 2)
+    async with serve(gateways=2) as served:
+        other = Other(served.supervisor)
+        served.leader.hold = True
+        names = ["e", "b", "d", "a", "c"]
+        calls = [served.generation.Generate(generate_request(ids(1), request_id=name)) for name in names]
+        await eventually(lambda: len(served.leader.submits) == len(names))
+        asking = asyncio.ensure_future(served.admin.Abort(admin_pb2.AbortRequest(all=True)))
+        questions = []
+        for theirs, more in ((["c2", "c3"], True), (["c4"], False), ([], False)):
+            asked = await other.hear(Ask)
+            questions.append(asked.question)
+            served.supervisor.offer(Answer(asked.asker, asked.ticket, Standing(), theirs, more))
+        assert [result.request_id for result in (await asking).results] == sorted([*names, "c2", "c3", "c4"])
+        assert [question.after for question in questions] == ["", "b", "d"]
+        for call in calls:
+            assert (await failure_by_reading(call)).code is grpc.StatusCode.ABORTED
+
+
+def test_as_many_ids_as_are_named_can_be_said() -> None:
+    names = ['"' * 128] * MAX_NAMED_CALLS
+    for message in (Answer(1, 1, Standing(), names, True), Ask(1, 1, AbortCalls(names, everything=False))):
+        assert len(msgspec.json.encode(message)) <= MAX_OFFER_BYTES
 
 
 async def test_draining_reaches_all_and_waits_for_all(serve: Serve) -> None:
