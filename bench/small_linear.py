@@ -364,8 +364,8 @@ class Result:
     def further(self) -> list[Variant]:
         """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
         tiling, k = self.best.tiling, self.layer.k
-        ahead = k // tiling.splits if tiling.form == "dot" else k - tiling.stages * tiling.block_k
-        prefetches = tiling.form in ("fma", "dot") and ahead >= 64
+        ahead = k - tiling.stages * tiling.block_k if tiling.form == "fma" else k // tiling.splits
+        prefetches = tiling.form != "held" and ahead >= 64
         sizes = {0, min(1024, triton.next_power_of_2(ahead))} - {tiling.prefetch} if prefetches else ()
         prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
         return [replace(self.best, pdl=False), *prefetched]

@@ -58,8 +58,7 @@ class Tiling:
     way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot, wide).
     `splits` programs share the reduction of the same features (dot, wide). A program of wide has `block_rows` of the
     rows, of the others all. With dependent launch, `prefetch` columns of each weight row (fma: beyond those in
-    registers; held, wide: none), a power of two from 64 or none, are requested into the L2 cache ahead of everything
-    else.
+    registers; held: none), a power of two from 64 or none, are requested into the L2 cache ahead of everything else.
     """
 
     form: Literal["fma", "held", "dot", "wide"]
@@ -229,11 +228,12 @@ def _launch(
         _wide_kernel[(tiles, blocks, tiling.splits)](
             _tiles_of(x, tiling.block_rows, tiling.block_k),
             _tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
-            *arguments[2:],
+            *arguments[1:],
             *_split_memory(tiles * blocks, tiling.splits, tiling.block_rows * tiling.block_n, x.device),
             *numbers,
             BLOCK_K=tiling.block_k,
             SPLITS=tiling.splits,
+            **prefetching,
             **options | {"ROWS": tiling.block_rows},
         )
 
@@ -707,6 +707,7 @@ def _add_splits(partial_ptr, unit, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SP
 def _wide_kernel(
     x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
     weight_tiles,  # descriptor of the weight [n, k], tiles [BLOCK_N, BLOCK_K], with GATED [BLOCK_N / 2, BLOCK_K]
+    weight_ptr,  # the same
     bias_ptr,  # [n], read only with BIAS
     squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
     residual_ptr,  # [rows, n], read only with ADD
@@ -727,6 +728,8 @@ def _wide_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -746,6 +749,8 @@ def _wide_kernel(
     last = tl.minimum(first + part, k)
     row = first_row + tl.arange(0, ROWS)
     feature = _features(tile, n, BLOCK_N, GATED)
+    # Of the programs that share weights, one asks for them.
+    _prefetch(weight_ptr, feature, tl.where(first_row == 0, n, 0), k, first, last, BLOCK_N, LANES, PREFETCH)
     bias = _load_features(bias_ptr, feature, n, BIAS)
     gain = _load_features(gain_ptr, feature, n, ADD)
     wait(PDL)

@@ -41,7 +41,7 @@ TILINGS = [
     replace(DOT, rows=8, splits=8),  # of which some have no columns
     WIDE,
     replace(WIDE, rows=128, block_n=32, block_k=128, stages=2, block_rows=64),
-    replace(WIDE, rows=32, splits=3),
+    replace(WIDE, rows=32, splits=3, prefetch=64),
 ]
 SHAPES = [(24, 512), (18, 328), (6, 72), *([(4096, 4096), (1024, 3072)] if ON_GPU else [])]
 """Weights [n, k] of whole tiles, of ragged ones, and less than one."""
@@ -279,7 +279,15 @@ def test_too_many_rows_for_a_tiling(triton_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tiling", [replace(FMA, rows=4, prefetch=256), replace(DOT, splits=4, prefetch=256)], ids=str)
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        replace(FMA, rows=4, prefetch=256),
+        replace(DOT, splits=4, prefetch=256),
+        replace(WIDE, splits=2, block_n=64, block_rows=64, prefetch=256),
+    ],
+    ids=str,
+)
 def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Tiling) -> None:
     """Each launch reads what the ones before wrote; a program that does not wait for them shows."""
     size, length = 4096, 24
