@@ -39,7 +39,7 @@ from model.kernels.activation import silu_and_mul
 from model.kernels.norm import Normed, Scale, add_rms_norm
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
-from model.kernels.tilings import ROW_CLASSES, Work, default_tiling
+from model.kernels.tilings import ROW_CLASSES, Work, default_tiling, tiling_for
 
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
 ROTATED_BYTES = 160 << 20
@@ -59,7 +59,7 @@ class Layer:
     name: str
     n: int
     k: int
-    scaled: bool = False  # by the norm in front of it
+    behind: tuple[int, int] | None = None  # the weight [n, k] of the layer before the norm in front of this one
     adds: bool = False  # to the residual stream, which it norms
     gated: bool = False
 
@@ -67,9 +67,14 @@ class Layer:
         return Work(rows, self.n, self.k, self.gated)
 
     def parts(self, rows: int) -> int:
-        """How many sums of squares a row has in front of this layer, if the one before is cut as it is by default."""
-        before = default_tiling(Work(rows, self.k, self.k)) if self.scaled else None
+        """How many sums of squares a row has in front of this layer; any number, if the layer before leaves none."""
+        before = tiling_for(rows, *self.behind, gated=False) if self.behind else None
         return triton.cdiv(self.k, before.block_n if before else 64)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether it applies the scale of a norm."""
+        return self.behind is not None
 
     @property
     def num_bytes(self) -> int:
@@ -94,16 +99,17 @@ class Variant:
 def layers_of(model: str, folder: Path) -> list[Layer]:
     size, _, ranks = model.partition("/")
     tp = int(ranks or 1)
-    alone = tp == 1
     config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
     hidden, inter = config["hidden_size"], config["intermediate_size"] // tp
     q_dim = config["num_attention_heads"] * config["head_dim"] // tp
     kv_dim = config["num_key_value_heads"] * config["head_dim"] // tp
+    alone = tp == 1  # else norms are part of the sum over ranks
+    o, down = (hidden, q_dim), (hidden, inter)
     return [
-        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, scaled=alone),
-        Layer(model, "o", hidden, q_dim, adds=alone),
-        Layer(model, "gate_up", 2 * inter, hidden, scaled=alone, gated=True),
-        Layer(model, "down", hidden, inter, adds=alone),
+        Layer(model, "qkv", q_dim + 2 * kv_dim, hidden, behind=down if alone else None),
+        Layer(model, "o", *o, adds=alone),
+        Layer(model, "gate_up", 2 * inter, hidden, behind=o if alone else None, gated=True),
+        Layer(model, "down", *down, adds=alone),
         Layer(model, "lm_head", config["vocab_size"] // tp, hidden),
     ]
 

@@ -26,7 +26,7 @@ from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
 from model.weights import load_model
 from worker.config import ConfigError, EngineConfig
-from worker.plan import StepBounds, StepPlan
+from worker.plan import NO_ADMISSION, StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
 from worker.shapes import StepShape, step_shapes
 from worker.tables import SlotTables, upload
@@ -186,12 +186,16 @@ class Runner:
         """Run eager steps of every kind on dead rows, so that no request waits for a kernel to be compiled."""
         many = self._runtime.max_running
         few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
-        for decode_rows in (*few, many):
-            self.launch(self._dead_plan(decode_rows))
+        longest = min(self._runtime.max_batched_tokens, self._runtime.max_model_len)
+        plans = [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
+        plans += [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in (0, 1, many - 1)]
+        # Tokens of prompts are rows too, of which there may be more than of decodes.
+        plans += [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
+        for plan in plans:
+            self.launch(plan)
             self.collect()
-        for decode_rows in (0, 1, many - 1):
-            self.launch(self._dead_plan(decode_rows, chunk_lens=(16,)))
-            self.collect()
+        nobody = upload(NO_ADMISSION.view(np.int32), self._runtime.device)
+        self._tables.admit_records(nobody.view(1, -1), nobody)
 
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.small_linear import ROW_CLASSES, Layer, Result, Variant, layers_of, variants_for
 
-LAYER = Layer("0.6B", "gate_up", 6144, 1024, scaled=True, gated=True)
+LAYER = Layer("0.6B", "gate_up", 6144, 1024, behind=(1024, 2048), gated=True)
 WORK = Work(8, 6144, 1024, gated=True)
 FAST = Variant(Tiling("dot", 8, 32, 256, 4, 2, 4, 512))
 BY_DEFAULT = default_tiling(WORK)

@@ -15,6 +15,7 @@ from tests.worker.fake_device import NAN, PlainTables, Row
 from worker.messages import MAX_STOP_IDS
 from worker.plan import ADMISSION, StepPlan
 from worker.scheduler import BROKEN_ROW, NO_TOKEN
+from worker.shapes import StepShape
 from worker.tables import Rows, SlotTables
 
 SLOTS = 4
@@ -33,18 +34,28 @@ def make_tables(device: torch.device = CPU, triton: bool = False) -> SlotTables:
 class Pair:
     """Both kinds of tables, told the same, and compared after every step."""
 
-    def __init__(self, rng: np.random.Generator, tables: SlotTables | None = None) -> None:
+    def __init__(
+        self, rng: np.random.Generator, tables: SlotTables | None = None, *, shape: StepShape | None = None
+    ) -> None:
         self.rng = rng
         self.plain = PlainTables()
         self.tables = tables or make_tables()
         self.outcomes: set[str] = set()
+        self.shape = shape  # of a graph, as whose input the tables are told what a plan admits and enters
+        self._words = np.full(shape.num_words if shape else 0, 2**30, np.int32)  # later with those of earlier steps
 
     def step(self) -> None:
         """Plan something that is allowed, run it through both, and compare."""
         plan = self._plan()
-        if len(plan.admissions):
+        if len(plan.admissions) and not (self.shape and self.shape.admits(plan)):
             self.tables.admit(plan)
-        if len(plan.block_updates):
+        if self.shape:
+            self.shape.fill(self._words, plan, SLOTS)
+            words = self.shape.split(self._upload(self._words))
+            self.tables.admit_records(words.admissions, words.ids)
+            self.tables.set_blocks(words.updates)
+            self.outcomes.add("admitted in a graph" if self.shape.admits(plan) else "admitted before it")
+        elif len(plan.block_updates):
             self.tables.set_blocks(self._upload(plan.block_updates))
         self.plain.apply(plan)
         expected = self.plain.rows(plan)
@@ -201,11 +212,14 @@ def test_tables_do_what_plain_tables_do(seed: int) -> None:
         pair.step()
 
 
+@pytest.mark.parametrize("in_graphs", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_kernels_do_what_plain_tables_do(triton_device: torch.device, seed: int) -> None:
-    pair = Pair(np.random.default_rng(seed), make_tables(triton_device, triton=True))
+def test_kernels_do_what_plain_tables_do(triton_device: torch.device, seed: int, in_graphs: bool) -> None:
+    shape = StepShape.mixed(12, SLOTS + 2, MAX_LEN) if in_graphs else None
+    pair = Pair(np.random.default_rng(seed), make_tables(triton_device, triton=True), shape=shape)
     for _ in range(200 if triton_device.type == "cuda" else 12):
         pair.step()
+    assert not in_graphs or {"admitted in a graph", "admitted before it"} <= pair.outcomes
 
 
 def test_every_kind_of_row_occurs() -> None:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,11 +31,11 @@ from model.config import Qwen3Config
 from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
-from worker.plan import StepBounds
+from worker.plan import NO_ADMISSION, StepBounds
 from worker.tables import SlotTables
 
 CPU = torch.device("cpu")
-MAX_LEN, BLOCK, SLOTS = 1024, 64, 64
+MAX_LEN, BLOCK, SLOTS = 1024, 64, 256
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -96,7 +97,9 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype) -> None:
     cache = torch.zeros(
         (config.num_hidden_layers, 2, 2, BLOCK, config.num_key_value_heads, config.head_dim), dtype=dtype
     )
-    for rows, chunks in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (5, 3), (8, 8)):
+    nobody = torch.from_numpy(NO_ADMISSION.view(np.int32))
+    tables.admit_records(nobody.view(1, -1), nobody)
+    for rows, chunks in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (128, 0), (256, 0), (5, 3), (8, 8)):
         tokens = 320 if chunks else rows
         bounds = StepBounds(
             num_tokens=tokens,
