@@ -75,9 +75,10 @@ class Reply:
                 self.first_token = self.last_token
         tokens, text = self._take(batch)
         if self._detokenizer is not None and self._detokenizer.stopped is not None:
-            self.finished = FinishedEvent(reason=None, matched_stop=self._detokenizer.stopped)
+            stop = self._detokenizer.stopped
+            self.finished = FinishedEvent(reason=None, matched_stop=stop, preemptions=batch.preemptions)
         elif batch.finished is not None:
-            self.finished = _finished(batch.finished)
+            self.finished = _finished(batch.finished, batch.preemptions)
         first = bool(tokens) and self.output_tokens == len(tokens)
         if first or (text and self._request.text) or (tokens and self._request.token_ids):
             ids = tokens if self._request.token_ids else []
@@ -114,12 +115,9 @@ class Reply:
         return len(batch.tokens) - 1 if ended_by_token and not self._request.stopping.include_stop else None
 
 
-def _finished(finished: Finished) -> FinishedEvent:
-    return FinishedEvent(
-        reason=finished.reason,
-        matched_token_id=finished.stop_id if finished.stop_id >= 0 else None,
-        preemptions=finished.preemptions,
-    )
+def _finished(finished: Finished, preemptions: int) -> FinishedEvent:
+    matched = finished.stop_id if finished.stop_id >= 0 else None
+    return FinishedEvent(reason=finished.reason, matched_token_id=matched, preemptions=preemptions)
 
 
 class Call:

@@ -96,6 +96,7 @@ class TokenBatch:
     started: Started | None = None
     tokens: list[int] = field(default_factory=list)
     finished: Finished | None = None
+    preemptions: int = 0  # how often the request has gone on after one, from its beginning
 
 
 class TokenStream:
@@ -106,6 +107,7 @@ class TokenStream:
         self.request = request
         self.output: list[int] = []  # every token so far, fetched or not
         self.resubmits = 0
+        self.preemptions = 0
         self._pending = TokenBatch()
         self._first_sent = False
         self._saw_start = False
@@ -129,13 +131,15 @@ class TokenStream:
             if len(batch.tokens) > 1:
                 rest = TokenBatch(tokens=batch.tokens[1:], finished=batch.finished)
                 self._pending = rest
-                return TokenBatch(started=batch.started, tokens=batch.tokens[:1])
+                return TokenBatch(started=batch.started, tokens=batch.tokens[:1], preemptions=self.preemptions)
         self._pending = TokenBatch()
         if self._failure is None:
             self._wakeup.clear()
+        batch.preemptions = self.preemptions
         return batch
 
     def _push_started(self, started: Started) -> None:
+        self.preemptions += started.again
         if not self._saw_start:  # a resumed request starts again; its reader saw that once
             self._saw_start = True
             self._pending.started = started

@@ -136,11 +136,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):
-    """The sequence was planned for the first time."""
+    """The sequence was planned for the first time, or for the first time since it was preempted."""
 
     request: int
     cached_tokens: int
     scheduled_at: float
+    again: bool = False
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
@@ -149,7 +150,6 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     request: int
     reason: FinishReason
     stop_id: int = -1  # EOS, STOP_TOKEN: the id that ended it (it is the last token of the output)
-    preemptions: int = 0
     detail: str = ""
 
 

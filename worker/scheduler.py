@@ -91,7 +91,6 @@ class Sequence:
     blocks: list[BlockId] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of its first full blocks
     started: bool = False
-    preemptions: int = 0
     requeue: bool = False  # leaving to wait again
     farewell: Finished | None = None  # to be said when its blocks are free
 
@@ -201,7 +200,7 @@ class Scheduler:
         sequence = self._sequences.get((owner, number))
         if sequence is None:
             return
-        farewell = Finished(number, FinishReason.ABORTED, preemptions=sequence.preemptions)
+        farewell = Finished(number, FinishReason.ABORTED)
         if sequence.phase is Phase.WAITING:
             self._stop_waiting(sequence)
             sequence.phase = Phase.GONE
@@ -351,7 +350,6 @@ class Scheduler:
 
     def _preempt(self, slot: int) -> None:
         sequence = self._in_slot(slot)
-        sequence.preemptions += 1
         self._preemptions += 1
         self._leave(sequence, requeue=True)
 
@@ -398,10 +396,9 @@ class Scheduler:
             self._prefix_queried += known
             self._prefix_hits += num_cached
         self._prompt_tokens += known - num_cached
-        if not sequence.started:
-            sequence.started = True
-            started = Started(sequence.number, num_cached, self._clock())
-            self._notices.started.append((sequence.owner, started))
+        started = Started(sequence.number, num_cached, self._clock(), again=sequence.started)
+        self._notices.started.append((sequence.owner, started))
+        sequence.started = True
 
     def _admission(self, sequence: Sequence) -> tuple[object, ...]:
         sampling = sequence.sampling
@@ -474,7 +471,7 @@ class Scheduler:
             self._finish(sequence, FinishReason.STOP_TOKEN, stop_id=token)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, *, stop_id: int = -1, detail: str = "") -> None:
-        finished = Finished(sequence.number, reason, stop_id=stop_id, preemptions=sequence.preemptions, detail=detail)
+        finished = Finished(sequence.number, reason, stop_id=stop_id, detail=detail)
         self._notices.finished.append((sequence.owner, finished))
         self._listening[sequence.slot] = False
         self._leave(sequence, requeue=False)

@@ -75,6 +75,7 @@ class FakeLeader:
     step_s: float = 0.002
     epoch: int = 1
     cached_tokens: int = 0
+    preempts_after: set[int] = field(default_factory=set)  # so many tokens of output
     blocks_total: int = 100
     tensor_parallel_size: int = 1
     reject: str = ""
@@ -260,6 +261,8 @@ class FakeLeader:
                 row.announced = True
                 self.prompt_tokens += len(row.prompt)
                 started.append(Started(number, self.cached_tokens, time.monotonic()))
+            elif len(row.output) in self.preempts_after:
+                started.append(Started(number, 0, time.monotonic(), again=True))
             token = self.rule(row.prompt, len(row.output))
             row.output.append(token)
             numbers.append(number)

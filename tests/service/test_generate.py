@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from tokenizers import Tokenizer
 
 from lightqwen.v1 import common_pb2
@@ -182,6 +183,21 @@ async def test_usage_and_timings_are_told(served: Served) -> None:
     assert abs(queue + prefill - ttft) < 1e-4
     assert abs(ttft + decode - total) < 1e-4
     assert decode >= 9 * served.leader.step_s / 2
+
+
+@pytest.mark.parametrize("stop", [False, True])
+async def test_preemptions_are_told_however_a_request_ends(served: Served, tokenizer: Tokenizer, stop: bool) -> None:
+    served.leader.preempts_after = {1, 3}
+    served.leader.cached_tokens = 2
+    served.leader.rule = script(tokenizer.encode("one two three four five six seven").ids)
+    request = generate_request(ids(1, 2, 3), max_tokens=5)
+    if stop:
+        request.stopping.max_tokens = 200
+        request.stopping.stop.append("five")
+    got = await collect(served.generation.Generate(request))
+    reason = common_pb2.FINISH_REASON_STOP_STRING if stop else common_pb2.FINISH_REASON_MAX_TOKENS
+    assert (got.finished.finish_reason, got.finished.timings.preemptions) == (reason, 2)
+    assert got.finished.usage.cached_tokens == got.started.cached_tokens == 2
 
 
 async def test_a_checkpoint_without_a_tokenizer_serves_token_ids(serve: Serve, bare_checkpoint) -> None:

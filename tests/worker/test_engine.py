@@ -215,7 +215,8 @@ def test_preempted_requests_give_the_same_tokens(
     engine = build(num_blocks=20, max_batched_tokens=64, prefix_caching=prefix_caching, run_ahead=run_ahead)
     assert engine.run(*submits()) == expected
     assert engine.stats.preemptions > 0
-    assert sum(finished.preemptions for finished in engine.finished.values()) == engine.stats.preemptions
+    started = [started for message in engine.outputs for started in message.started]
+    assert sum(again.again for again in started) == engine.stats.preemptions
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 64])

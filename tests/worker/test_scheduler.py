@@ -47,6 +47,7 @@ class Simulation:
         self.finished: dict[Key, Finished] = {}
         self.cancelled: set[Key] = set()
         self.started: list[Key] = []
+        self.restarts = 0
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -114,10 +115,15 @@ class Simulation:
         notices = self.scheduler.take_notices()
         for owner, started in notices.started:
             key = owner, started.request
-            assert key not in self.started, "started twice"
+            assert started.again == (key in self.started), "started twice"
             assert started.scheduled_at == self.now
-            assert started.cached_tokens < len(self.requests[key].prompt) // 4 + len(self.requests[key].output) // 4
-            self.started.append(key)
+            request = self.requests[key]
+            known = len(request.prompt) // 4 + len(request.output) // 4 + started.again * len(self.tokens[key])
+            assert started.cached_tokens < known
+            if started.again:
+                self.restarts += 1
+            else:
+                self.started.append(key)
         for owner, finished in notices.finished:
             key = owner, finished.request
             assert key not in self.finished, "finished twice"
@@ -171,7 +177,7 @@ class Simulation:
         assert (stats.running, stats.waiting, stats.waiting_tokens, stats.blocks_used) == (0, 0, 0, 0)
         assert len(self.scheduler._free_slots) == self.limits.max_running
         assert stats.generated_tokens == sum(len(tokens) for tokens in self.tokens.values())
-        assert stats.preemptions >= sum(finished.preemptions for finished in self.finished.values())
+        assert stats.preemptions >= self.restarts, "some may have ended, or been aborted, before they went on"
         if self.limits.prefix_caching is False:
             assert (stats.blocks_cached, stats.prefix_queried_tokens, stats.prefix_hit_tokens) == (0, 0, 0)
 
