@@ -130,7 +130,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                 if fills and block_n <= (16, 8, 8)[rows // 2] and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
                     for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages))
-    if rows >= 32:
+    if rows >= 8:
         for tiling in _wide_tilings(layer, rows):
             yield Variant(tiling)
     if 4 <= rows <= 64:
@@ -156,18 +156,22 @@ _SMALL_TILES = ((16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4
 
 
 def _wide_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
-    """Return those that fill the GPU, with as many tiles under way as one, two or three programs to each of its
-    multiprocessors have room for."""
-    for block_rows, block_n, block_k, splits in product((64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4)):
+    """Return those that fill the GPU, with as many tiles under way as one or two programs to each of its
+    multiprocessors have room for, and of many rows also three."""
+    many = product((64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4), ((74_000, 110_000, 200_000),))
+    few = product((8, 16, 32), (64, 128), (128, 256), (1, 2, 4, 8), ((110_000, 200_000),))
+    for block_rows, block_n, block_k, splits, rooms in (*many, *few):
         programs = -(-layer.n // block_n) * -(-rows // block_rows) * splits
         fills = 64 <= programs <= 300 or (splits == 1 and programs > 300 and block_n >= 64)
         steps = -(-layer.k // (splits * block_k))
-        if not fills or block_rows > max(rows, 64) or steps < 2:
+        fits = 64 <= block_rows <= max(rows, 64) if rows >= 32 and block_rows >= 64 else rows <= block_rows <= 2 * rows
+        left = block_rows if block_rows >= 64 else block_n // (2 if layer.gated else 1)
+        if not fills or not fits or left < 64 or steps < 2 or (block_rows < 64 and rows > 32):
             continue
         tile = 2 * (block_rows + block_n) * block_k
-        for stages in sorted({min(room // tile, steps, 8) for room in (74_000, 110_000, 200_000)}):
+        for stages in sorted({min(room // tile, steps, 8) for room in rooms}):
             if stages >= 2 and stages * tile >= 40_000:
-                for warps in (4, 8)[: block_rows // 64]:
+                for warps in (4, 8)[: left // 64]:
                     yield Tiling("wide", rows, block_n, block_k, warps, splits, stages, block_rows=block_rows)
 
 

@@ -13,9 +13,9 @@ There are four kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a progra
 them whole or walks along them. *held* multiplies on the tensor cores, each warp its part of the reduction; a program
 holds its weight rows whole, so they must be short. *dot* does so for long ones, with the weight as the left operand, so
 that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
-adds up the partial sums of all in a fixed order and leaves the counter as it found it. *wide* is for 17 rows and more,
-which several programs share for the same weight rows; tiles of x and of the weight come by tensor descriptors, so it is
-for GPUs that have a tensor memory accelerator (and may split the reduction too).
+adds up the partial sums of all in a fixed order and leaves the counter as it found it. *wide* takes any number of rows
+from 8 on, which several programs may share for the same weight rows; tiles of x and of the weight come by tensor
+descriptors, so it is for GPUs that have a tensor memory accelerator (and may split the reduction too).
 
 Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before:
 the total is, as it is stored, and its rounded elements are what is squared and what is multiplied by the gain. And that
@@ -703,6 +703,22 @@ def _add_splits(partial_ptr, unit, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SP
     return total
 
 
+@jit
+def _no_products(N: tl.constexpr, ROWS: tl.constexpr, X_LEFT: tl.constexpr):
+    """Return zeros [N, ROWS], or with X_LEFT [ROWS, N]."""
+    return tl.zeros([ROWS, N], tl.float32) if X_LEFT else tl.zeros([N, ROWS], tl.float32)
+
+
+@jit
+def _add_products(weight, x, products, X_LEFT: tl.constexpr):
+    """Return `products` with those of a tile of the weight [n, k] and one of x [rows, k]."""
+    if X_LEFT:
+        products = tl.dot(x, tl.trans(weight), products, input_precision="ieee")
+    else:
+        products = tl.dot(weight, tl.trans(x), products, input_precision="ieee")
+    return products
+
+
 @jit_once("rows")
 def _wide_kernel(
     x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
@@ -738,7 +754,8 @@ def _wide_kernel(
 ):
     """One program: BLOCK_N features of a block of ROWS rows, over one of SPLITS parts of the reduction.
 
-    With x as the left operand, 64 rows of it fill the matrix units, however few features a program has.
+    Matrix units take 64 rows of the left operand, and as few as 8 of the right one. So x is the left one where there
+    are so many rows of it, however few features a program has, and else the weight is.
     """
     begin_dependents(PDL)
     tile = tl.program_id(0)
@@ -756,24 +773,28 @@ def _wide_kernel(
     wait(PDL)
 
     residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
+    X_LEFT: tl.constexpr = ROWS >= 64
     if GATED:
         HALF: tl.constexpr = BLOCK_N // 2
-        gates = tl.zeros([ROWS, HALF], tl.float32)
-        ups = tl.zeros([ROWS, HALF], tl.float32)
+        gates = _no_products(HALF, ROWS, X_LEFT)
+        ups = _no_products(HALF, ROWS, X_LEFT)
         for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
             x = x_tiles.load([first_row, start])
             gate = weight_tiles.load([tile * HALF, start])
             up = weight_tiles.load([n // 2 + tile * HALF, start])
-            gates = tl.dot(x, tl.trans(gate), gates, input_precision="ieee")
-            ups = tl.dot(x, tl.trans(up), ups, input_precision="ieee")
-        total = tl.reshape(tl.join(gates, ups), (ROWS, BLOCK_N))
+            gates = _add_products(gate, x, gates, X_LEFT)
+            ups = _add_products(up, x, ups, X_LEFT)
+        if X_LEFT:
+            total = tl.trans(tl.reshape(tl.join(gates, ups), (ROWS, BLOCK_N)))
+        else:
+            total = tl.reshape(tl.permute(tl.join(gates, ups), (0, 2, 1)), (BLOCK_N, ROWS))
     else:
-        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        total = _no_products(BLOCK_N, ROWS, X_LEFT)
         for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
             x = x_tiles.load([first_row, start])
-            weight = weight_tiles.load([tile * BLOCK_N, start])
-            total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
-    total = tl.trans(total)
+            total = _add_products(weight_tiles.load([tile * BLOCK_N, start]), x, total, X_LEFT)
+        if X_LEFT:
+            total = tl.trans(total)
 
     if SPLITS > 1:
         unit = tl.program_id(1) * tl.num_programs(0) + tile
