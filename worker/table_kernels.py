@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 _UPDATES = 256  # block updates of one program
 _WIDTH = 1024  # tokens that a program copies at a time
 
-# Where each field of an ADMISSION begins, in words of four bytes. (As arguments of the kernel, each would make a launch
-# take a microsecond longer.)
+# Where each field of an ADMISSION begins, in words of four bytes, for the kernel to read: in the order of the fields.
 (
     _SLOT,
     _NUM_IDS,

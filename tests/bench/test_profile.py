@@ -20,7 +20,7 @@ import torch
 
 import model.kernels
 import worker.table_kernels
-from bench.profile import Engine, group_of, report, run_ranks
+from bench.profile import Engine, Span, _busy_and_idle, group_of, report, run_ranks
 from tests.bench import profiled_ranks
 from tests.bench.profiled_ranks import config_for
 from tests.processes import children, is_alive, until
@@ -90,6 +90,22 @@ def test_no_process_is_left_when_it_is_ended(number: signal.Signals, root: Path,
 )
 def test_groups(kernel: str, group: str) -> None:
     assert group_of(kernel) == group
+
+
+def test_when_the_device_is_busy_and_where_it_idles() -> None:
+    """Kernels that overlap count once, and what ends last is what the device idles after."""
+    spans = [
+        Span(30, 35, "c"),
+        Span(0, 10, "a"),
+        Span(2, 5, "b"),
+        Span(8, 12, "b"),
+        Span(14, 20, "c"),
+        Span(50, 51, "d"),
+    ]
+    busy, gaps = _busy_and_idle(spans)
+    assert busy == 12 + 6 + 5 + 1
+    assert gaps == {"b -> c": 2, "c -> c": 10, "c -> d": 15}
+    assert _busy_and_idle([]) == (0.0, {})
 
 
 def test_every_kernel_of_ours_has_a_group() -> None:
