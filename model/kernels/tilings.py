@@ -31,44 +31,49 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(1, 4096, 1024): Tiling("fma", 1, 4, 256, 1, 1, 4, 0),  # 0.6B qkv: 3.1, else 3.7
         Work(2, 4096, 1024): Tiling("fma", 2, 4, 512, 2, 1, 2, 0),  # 0.6B qkv: 3.5, else 4.6
         Work(8, 4096, 1024): Tiling("held", 8, 16, 1024, 4, 1, 1, 0),  # 0.6B qkv: 3.6, else 3.7
-        Work(16, 4096, 1024): Tiling("dot", 16, 64, 256, 4, 2, 3, 512),  # 0.6B qkv: 4.7, else 5.1
-        Work(32, 4096, 1024): Tiling("wide", 32, 64, 128, 4, 1, 6, 0, 64),  # 0.6B qkv: 4.4, else 6.6
-        Work(128, 4096, 1024): Tiling("wide", 128, 64, 128, 4, 1, 6, 0, 64),  # 0.6B qkv: 4.9, else 6.6
-        Work(256, 4096, 1024): Tiling("wide", 256, 64, 128, 4, 1, 4, 0, 128),  # 0.6B qkv: 6.0, else 7.7
+        Work(16, 4096, 1024): Tiling("wide", 16, 64, 256, 4, 1, 4, 1024, 16),  # 0.6B qkv: 3.7, else 5.1
+        Work(32, 4096, 1024): Tiling("wide", 32, 64, 256, 4, 1, 4, 1024, 32),  # 0.6B qkv: 3.8, else 6.1
+        Work(128, 4096, 1024): Tiling("wide", 128, 64, 128, 4, 1, 6, 1024, 64),  # 0.6B qkv: 5.0, else 6.3
+        Work(256, 4096, 1024): Tiling("wide", 256, 64, 128, 4, 1, 4, 1024, 128),  # 0.6B qkv: 6.0, else 7.3
         Work(1, 1024, 2048): Tiling("fma", 1, 2, 1024, 4, 1, 2, 0),  # 0.6B o: 2.1, else 2.2
         Work(2, 1024, 2048): Tiling("fma", 2, 2, 1024, 4, 1, 2, 0),  # 0.6B o: 2.6, else 2.9
-        Work(32, 1024, 2048): Tiling("wide", 32, 32, 256, 4, 2, 4, 0, 64),  # 0.6B o: 5.2, else 6.8
-        Work(128, 1024, 2048): Tiling("wide", 128, 32, 256, 4, 1, 4, 0, 64),  # 0.6B o: 5.1, else 7.1
-        Work(256, 1024, 2048): Tiling("wide", 256, 32, 256, 4, 1, 4, 0, 64),  # 0.6B o: 5.6, else 7.5
-        Work(32, 6144, 1024, gated=True): Tiling("dot", 32, 32, 256, 4, 1, 4, 0),  # 0.6B gate_up: 6.5, else 8.5
-        Work(128, 6144, 1024, gated=True): Tiling("wide", 128, 64, 128, 4, 1, 4, 0, 128),  # 0.6B gate_up: 7.6, else 8.9
+        Work(8, 1024, 2048): Tiling("held", 8, 8, 1024, 4, 1, 2, 0),  # 0.6B o: 3.2, else 3.3
+        Work(16, 1024, 2048): Tiling("dot", 16, 16, 256, 1, 4, 4, 0),  # 0.6B o: 4.5, else 4.7
+        Work(32, 1024, 2048): Tiling("wide", 32, 32, 256, 4, 2, 4, 1024, 64),  # 0.6B o: 4.9, else 6.8
+        Work(64, 1024, 2048): Tiling("wide", 64, 32, 256, 4, 2, 4, 1024, 64),  # 0.6B o: 4.8, else 5.2
+        Work(128, 1024, 2048): Tiling("wide", 128, 32, 256, 4, 1, 4, 1024, 64),  # 0.6B o: 4.9, else 7.1
+        Work(256, 1024, 2048): Tiling("wide", 256, 32, 256, 4, 1, 4, 1024, 64),  # 0.6B o: 5.5, else 7.5
+        Work(32, 6144, 1024, gated=True): Tiling("dot", 32, 32, 256, 4, 1, 4, 0),  # 0.6B gate_up: 6.6, else 9.0
+        Work(64, 6144, 1024, gated=True): Tiling("wide", 64, 64, 128, 4, 1, 6, 1024, 64),  # 0.6B gate_up: 5.9, else 6.1
+        Work(128, 6144, 1024, gated=True): Tiling("wide", 128, 64, 128, 4, 1, 4, 0, 128),  # 0.6B gate_up: 7.6, else 9.6
         Work(256, 6144, 1024, gated=True): Tiling(
             "wide", 256, 128, 64, 4, 1, 6, 0, 128
-        ),  # 0.6B gate_up: 9.5, else 10.6
+        ),  # 0.6B gate_up: 9.6, else 11.5
         Work(1, 1024, 3072): Tiling("fma", 1, 2, 1024, 4, 1, 3, 0),  # 0.6B down: 2.6, else 3.0
         Work(2, 1024, 3072): Tiling("fma", 2, 4, 2048, 8, 1, 2, 0),  # 0.6B down: 3.4, else 4.2
-        Work(32, 1024, 3072): Tiling("wide", 32, 32, 128, 4, 4, 6, 0, 64),  # 0.6B down: 6.6, else 8.2
-        Work(64, 1024, 3072): Tiling("wide", 64, 32, 128, 4, 4, 6, 0, 64),  # 0.6B down: 5.8, else 8.5
+        Work(32, 1024, 3072): Tiling("wide", 32, 64, 128, 4, 4, 6, 1024, 32),  # 0.6B down: 5.1, else 8.2
+        Work(64, 1024, 3072): Tiling("wide", 64, 32, 128, 4, 4, 6, 0, 64),  # 0.6B down: 5.8, else 6.0
         Work(128, 1024, 3072): Tiling("wide", 128, 32, 256, 4, 2, 4, 0, 64),  # 0.6B down: 6.4, else 8.7
         Work(256, 1024, 3072): Tiling("wide", 256, 32, 256, 4, 1, 4, 0, 64),  # 0.6B down: 7.3, else 8.8
         Work(1, 151936, 1024): Tiling("fma", 1, 8, 512, 2, 1, 2, 0),  # 0.6B lm_head: 70.5, else 92.0
         Work(2, 151936, 1024): Tiling("fma", 2, 4, 512, 2, 1, 2, 0),  # 0.6B lm_head: 71.1, else 92.1
         Work(4, 151936, 1024): Tiling("dot", 8, 64, 256, 4, 1, 3, 0),  # 0.6B lm_head: 73.4, else 86.4
-        Work(16, 151936, 1024): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 0.6B lm_head: 76.1, else 80.5
-        Work(32, 151936, 1024): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 0.6B lm_head: 77.1, else 82.8
-        Work(16, 6144, 4096): Tiling("dot", 16, 32, 256, 2, 2, 4, 1024),  # 8B qkv: 15.7, else 19.2
-        Work(32, 6144, 4096): Tiling("dot", 32, 64, 128, 4, 2, 3, 0),  # 8B qkv: 16.7, else 17.5
-        Work(8, 4096, 4096): Tiling("dot", 8, 128, 128, 8, 8, 4, 0),  # 8B o: 11.4, else 12.3
-        Work(32, 4096, 4096): Tiling("dot", 32, 64, 256, 4, 2, 3, 0),  # 8B o: 11.5, else 14.7
-        Work(16, 24576, 4096, gated=True): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 8B gate_up: 49.0, else 50.9
-        Work(32, 24576, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B gate_up: 49.5, else 53.4
-        Work(64, 24576, 4096, gated=True): Tiling("wide", 64, 64, 64, 4, 1, 4, 0, 64),  # 8B gate_up: 51.6, else 55.1
+        Work(16, 151936, 1024): Tiling("wide", 16, 128, 128, 4, 1, 2, 0, 16),  # 0.6B lm_head: 75.1, else 80.5
+        Work(32, 151936, 1024): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 0.6B lm_head: 77.2, else 83.0
+        Work(16, 6144, 4096): Tiling("wide", 16, 64, 256, 4, 1, 4, 0, 16),  # 8B qkv: 16.0, else 19.2
+        Work(32, 6144, 4096): Tiling("wide", 32, 64, 256, 4, 1, 4, 0, 32),  # 8B qkv: 16.2, else 17.1
+        Work(8, 4096, 4096): Tiling("wide", 8, 64, 256, 4, 1, 5, 0, 8),  # 8B o: 10.7, else 12.1
+        Work(32, 4096, 4096): Tiling("wide", 32, 64, 128, 4, 1, 8, 0, 32),  # 8B o: 10.9, else 14.8
+        Work(128, 4096, 4096): Tiling("wide", 128, 32, 64, 4, 1, 8, 0, 128),  # 8B o: 14.4, else 15.5
+        Work(32, 24576, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B gate_up: 49.8, else 54.0
+        Work(64, 24576, 4096, gated=True): Tiling("wide", 64, 64, 64, 4, 1, 4, 0, 64),  # 8B gate_up: 52.7, else 57.6
         Work(1, 4096, 12288): Tiling("fma", 1, 2, 4096, 16, 1, 3, 0),  # 8B down: 24.1, else 26.9
-        Work(8, 4096, 12288): Tiling("dot", 8, 128, 128, 8, 8, 4, 0),  # 8B down: 27.9, else 31.2
-        Work(32, 4096, 12288): Tiling("dot", 32, 64, 256, 4, 2, 3, 0),  # 8B down: 28.1, else 31.2
-        Work(16, 151936, 4096): Tiling("dot", 16, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 283.7, else 296.0
-        Work(32, 151936, 4096): Tiling("dot", 32, 128, 128, 8, 1, 4, 0),  # 8B lm_head: 288.8, else 306.7
-        Work(64, 151936, 4096): Tiling("wide", 64, 128, 64, 4, 1, 3, 0, 64),  # 8B lm_head: 294.7, else 310.9
+        Work(8, 4096, 12288): Tiling("wide", 8, 64, 256, 4, 2, 4, 1024, 16),  # 8B down: 26.2, else 30.8
+        Work(32, 4096, 12288): Tiling("wide", 32, 64, 128, 4, 1, 8, 0, 32),  # 8B down: 27.2, else 31.0
+        Work(128, 4096, 12288): Tiling("wide", 128, 64, 128, 8, 2, 4, 0, 128),  # 8B down: 33.6, else 35.3
+        Work(16, 151936, 4096): Tiling("wide", 16, 128, 128, 4, 1, 2, 0, 16),  # 8B lm_head: 282.2, else 296.4
+        Work(32, 151936, 4096): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B lm_head: 288.7, else 305.5
+        Work(64, 151936, 4096): Tiling("wide", 64, 128, 64, 4, 1, 3, 0, 64),  # 8B lm_head: 295.3, else 306.6
         Work(8, 3072, 4096): Tiling("dot", 8, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 9.1, else 9.5
         Work(64, 3072, 4096): None,  # 8B/2 qkv: 9.6, else 10.0
         Work(1, 4096, 2048): Tiling("fma", 1, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 5.2, else 5.7
@@ -77,17 +82,17 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(8, 4096, 6144): Tiling("dot", 8, 64, 128, 4, 8, 4, 0),  # 8B/2 down: 15.4, else 16.9
         Work(64, 75968, 4096): None,  # 8B/2 lm_head: 150.7, else 154.1
         Work(8, 5120, 5120): None,  # 32B/2 qkv: 15.1, else 17.3
+        Work(16, 5120, 5120): None,  # 32B/2 qkv: as with 8 rows
         Work(8, 5120, 4096): None,  # 32B/2 o: 12.9, else 14.5
+        Work(16, 5120, 4096): None,  # 32B/2 o: as with 8 rows
         Work(64, 5120, 4096): None,  # 32B/2 o: 13.6, else 17.9
         Work(64, 25600, 5120, gated=True): Tiling(
             "wide", 64, 128, 128, 4, 1, 4, 0, 64
         ),  # 32B/2 gate_up: 66.3, else 70.0
         Work(1, 5120, 12800): Tiling("fma", 1, 2, 4096, 16, 1, 4, 0),  # 32B/2 down: 30.1, else 35.6
         Work(8, 5120, 12800): None,  # 32B/2 down: 36.2, else 39.8
-        Work(1, 75968, 5120): Tiling("fma", 1, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 168.5, else 189.0
-        Work(16, 5120, 5120): None,  # 32B/2 qkv: as with 8 rows
-        Work(16, 5120, 4096): None,  # 32B/2 o: as with 8 rows
         Work(16, 5120, 12800): None,  # 32B/2 down: as with 8 rows
+        Work(1, 75968, 5120): Tiling("fma", 1, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 168.5, else 189.0
         # On an H100:
         Work(16, 3072, 4096): Tiling("dot", 16, 32, 256, 4, 4, 4, 0),  # 8B/2 qkv: 13.1, else 15.3
         Work(32, 3072, 4096): Tiling("dot", 32, 64, 128, 4, 4, 4, 0),  # 8B/2 qkv: 13.9, else 15.7
