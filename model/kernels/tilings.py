@@ -75,39 +75,44 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(32, 151936, 4096): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B lm_head: 288.7, else 305.5
         Work(64, 151936, 4096): Tiling("wide", 64, 128, 64, 4, 1, 3, 0, 64),  # 8B lm_head: 295.3, else 306.6
         Work(8, 3072, 4096): Tiling("dot", 8, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 9.1, else 9.5
+        Work(16, 3072, 4096): Tiling("dot", 16, 32, 256, 2, 4, 4, 0),  # 8B/2 qkv: 9.7, else 12.9
+        Work(32, 3072, 4096): Tiling("dot", 32, 64, 128, 4, 4, 3, 0),  # 8B/2 qkv: 10.7, else 11.4
         Work(64, 3072, 4096): None,  # 8B/2 qkv: 9.6, else 10.0
         Work(1, 4096, 2048): Tiling("fma", 1, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 5.2, else 5.7
-        Work(8, 4096, 2048): Tiling("held", 8, 8, 512, 4, 1, 4, 0),  # 8B/2 o: 6.5, else 6.8
-        Work(64, 12288, 4096, gated=True): None,  # 8B/2 gate_up: 29.2, else 30.4
-        Work(8, 4096, 6144): Tiling("dot", 8, 64, 128, 4, 8, 4, 0),  # 8B/2 down: 15.4, else 16.9
-        Work(64, 75968, 4096): None,  # 8B/2 lm_head: 150.7, else 154.1
-        Work(8, 5120, 5120): None,  # 32B/2 qkv: 15.1, else 17.3
-        Work(16, 5120, 5120): None,  # 32B/2 qkv: as with 8 rows
-        Work(8, 5120, 4096): None,  # 32B/2 o: 12.9, else 14.5
-        Work(16, 5120, 4096): None,  # 32B/2 o: as with 8 rows
-        Work(64, 5120, 4096): None,  # 32B/2 o: 13.6, else 17.9
+        Work(8, 4096, 2048): Tiling("wide", 8, 64, 128, 4, 1, 8, 1024, 16),  # 8B/2 o: 6.0, else 6.8
+        Work(16, 4096, 2048): Tiling("wide", 16, 64, 128, 4, 1, 8, 1024, 16),  # 8B/2 o: 6.0, else 11.7
+        Work(32, 4096, 2048): Tiling("wide", 32, 64, 128, 4, 1, 8, 1024, 32),  # 8B/2 o: 6.1, else 6.9
+        Work(16, 12288, 4096, gated=True): Tiling("dot", 16, 32, 256, 2, 1, 4, 1024),  # 8B/2 gate_up: 26.4, else 28.1
+        Work(32, 12288, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B/2 gate_up: 26.7, else 29.4
+        Work(64, 12288, 4096, gated=True): None,  # 8B/2 gate_up: 29.4, else 30.5
+        Work(8, 4096, 6144): Tiling("wide", 8, 64, 128, 4, 1, 8, 0, 16),  # 8B/2 down: 14.3, else 16.9
+        Work(16, 4096, 6144): Tiling("wide", 16, 64, 128, 4, 1, 8, 0, 16),  # 8B/2 down: 14.3, else 15.1
+        Work(32, 4096, 6144): Tiling("wide", 32, 64, 128, 4, 1, 8, 0, 32),  # 8B/2 down: 14.6, else 17.2
+        Work(16, 75968, 4096): Tiling("wide", 16, 64, 128, 4, 1, 5, 0, 16),  # 8B/2 lm_head: 143.2, else 148.3
+        Work(64, 75968, 4096): None,  # 8B/2 lm_head: 151.3, else 155.0
+        Work(8, 5120, 5120): None,  # 32B/2 qkv: 15.1, else 17.0
+        Work(16, 5120, 5120): None,  # 32B/2 qkv: 15.4, else 20.9
+        Work(8, 5120, 4096): Tiling("wide", 8, 64, 128, 4, 1, 5, 0, 16),  # 32B/2 o: 12.7, else 14.2
+        Work(16, 5120, 4096): None,  # 32B/2 o: 12.9, else 17.6
+        Work(64, 5120, 4096): None,  # 32B/2 o: 13.2, else 17.7
+        Work(8, 25600, 5120, gated=True): Tiling("wide", 8, 128, 128, 4, 1, 5, 0, 16),  # 32B/2 gate_up: 61.7, else 64.7
+        Work(16, 25600, 5120, gated=True): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 32B/2 gate_up: 61.7, else 70.4
+        Work(32, 25600, 5120, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 4, 0),  # 32B/2 gate_up: 63.4, else 68.6
         Work(64, 25600, 5120, gated=True): Tiling(
             "wide", 64, 128, 128, 4, 1, 4, 0, 64
-        ),  # 32B/2 gate_up: 66.3, else 70.0
+        ),  # 32B/2 gate_up: 65.5, else 71.2
         Work(1, 5120, 12800): Tiling("fma", 1, 2, 4096, 16, 1, 4, 0),  # 32B/2 down: 30.1, else 35.6
-        Work(8, 5120, 12800): None,  # 32B/2 down: 36.2, else 39.8
-        Work(16, 5120, 12800): None,  # 32B/2 down: as with 8 rows
+        Work(8, 5120, 12800): Tiling("wide", 8, 64, 128, 4, 1, 5, 0, 16),  # 32B/2 down: 36.3, else 39.5
+        Work(16, 5120, 12800): Tiling("wide", 16, 64, 128, 4, 1, 5, 0, 16),  # 32B/2 down: 36.3, else 42.9
         Work(1, 75968, 5120): Tiling("fma", 1, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 168.5, else 189.0
+        Work(16, 75968, 5120): None,  # 32B/2 lm_head: 179.5, else 181.9
         # On an H100:
-        Work(16, 3072, 4096): Tiling("dot", 16, 32, 256, 4, 4, 4, 0),  # 8B/2 qkv: 13.1, else 15.3
-        Work(32, 3072, 4096): Tiling("dot", 32, 64, 128, 4, 4, 4, 0),  # 8B/2 qkv: 13.9, else 15.7
         Work(2, 4096, 2048): Tiling("fma", 2, 4, 512, 2, 1, 4, 0),  # 8B/2 o: 6.9, else 7.1
-        Work(16, 4096, 2048): Tiling("dot", 16, 64, 256, 4, 2, 3, 1024),  # 8B/2 o: 8.0, else 8.2
-        Work(16, 12288, 4096, gated=True): Tiling("dot", 16, 32, 256, 2, 1, 4, 0),  # 8B/2 gate_up: 38.3, else 41.8
-        Work(32, 12288, 4096, gated=True): Tiling("dot", 32, 64, 128, 4, 1, 4, 0),  # 8B/2 gate_up: 38.4, else 44.4
         Work(2, 4096, 6144): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 8B/2 down: 18.0, else 18.8
         Work(4, 4096, 6144): Tiling("fma", 4, 4, 2048, 8, 1, 3, 0),  # 8B/2 down: 19.0, else 21.5
-        Work(32, 4096, 6144): Tiling("dot", 32, 64, 256, 4, 2, 3, 1024),  # 8B/2 down: 20.4, else 22.5
-        Work(32, 75968, 4096): Tiling("dot", 32, 64, 128, 4, 1, 3, 0),  # 8B/2 lm_head: 210.0, else 222.5
         Work(4, 5120, 5120): None,  # 32B/2 qkv: 24.1, else 22.4
         Work(2, 25600, 5120, gated=True): Tiling("fma", 2, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 88.5, else 91.5
         Work(4, 25600, 5120, gated=True): Tiling("fma", 4, 8, 1024, 4, 1, 1, 0),  # 32B/2 gate_up: 94.8, else 97.1
-        Work(16, 25600, 5120, gated=True): Tiling("dot", 16, 64, 128, 4, 1, 4, 0),  # 32B/2 gate_up: 91.0, else 97.6
         Work(4, 5120, 12800): Tiling("dot", 8, 32, 256, 2, 1, 4, 1024),  # 32B/2 down: 48.4, else 50.2
         Work(2, 75968, 5120): Tiling("fma", 2, 2, 2048, 8, 1, 3, 0),  # 32B/2 lm_head: 245.3, else 268.9
         Work(4, 75968, 5120): Tiling("dot", 8, 32, 256, 2, 1, 4, 0),  # 32B/2 lm_head: 254.7, else 270.1
