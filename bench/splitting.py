@@ -1,6 +1,6 @@
 """How far decode attention should split rows on this GPU: `python -m bench.splitting --json out.json`.
 
-Every combination of `Splitting`'s three numbers is timed for every batch and context, as `bench.kernels` does it:
+Every combination of `Splitting`'s five numbers is timed for every batch and context, as `bench.kernels` does it:
 launches over rotated inputs in a CUDA graph, the median of its replays. Combinations that give a workload the same
 launch are timed once. The last table tells, for each combination, how far it is behind the best one, workload by
 workload and in the geometric mean. With LIGHTQWEN_WITHOUT=pdl no launch begins before the last one has ended. One to
@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -26,11 +26,14 @@ from bench.provenance import json_file, provenance
 from bench.shapes import SIZES
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
 
-BATCHES = (1, 8, 64, 256)
+BATCHES = (1, 8, 32, 64, 128, 256)
 CONTEXTS = (128, 300, 1024, 8192)
-PROGRAMS = (264, 528, 1056)
-MIN_KEYS = (64, 128, 256)
+PROGRAMS = (264, 528)
+MIN_KEYS = (64, 128)
 MAX_WHOLE = (0, 256, 384)
+LONG_KEYS = (256, 512, 1024)
+MAX_PROGRAMS = (264, 528, 1056)
+NUMBERS = "programs, min, whole, long, max"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def measure(
 
 def name_of(splitting: Splitting) -> str:
     mark = "*" if splitting == SPLITTING else ""
-    return f"{splitting.programs:5} {splitting.min_keys:4} {splitting.max_whole:4}{mark}"
+    return "".join(f"{number:5}" for number in astuple(splitting)) + mark
 
 
 def summary(results: Sequence[Result], workloads: Sequence[Workload]) -> Iterator[str]:
@@ -97,10 +100,10 @@ def summary(results: Sequence[Result], workloads: Sequence[Workload]) -> Iterato
     def mean(splitting: Splitting) -> float:
         return math.exp(sum(map(math.log, behind[splitting].values())) / len(workloads))
 
-    yield f"{'programs, keys, whole':22}{'mean':>7}" + "".join(f"{workload!s:>12}" for workload in workloads)
+    yield f"{NUMBERS:32}{'mean':>7}" + "".join(f"{workload!s:>12}" for workload in workloads)
     for splitting in sorted(behind, key=mean):
         percents = "".join(f"{behind[splitting][workload] - 1:12.0%}" for workload in workloads)
-        yield f"{name_of(splitting):22}{mean(splitting) - 1:7.1%}{percents}"
+        yield f"{name_of(splitting):32}{mean(splitting) - 1:7.1%}{percents}"
 
 
 def main() -> int:
@@ -117,6 +120,8 @@ def main() -> int:
     numbers("--programs", PROGRAMS, "Splitting.programs")
     numbers("--min-keys", MIN_KEYS, "Splitting.min_keys")
     numbers("--max-whole", MAX_WHOLE, "Splitting.max_whole")
+    numbers("--long-keys", LONG_KEYS, "Splitting.long_keys")
+    numbers("--max-programs", MAX_PROGRAMS, "Splitting.max_programs")
     parser.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
@@ -127,16 +132,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         shape = Shape.of(arguments.size, Path(folder))
     workloads = [Workload(*pair) for pair in product(arguments.batch, arguments.context)]
+    axes = (
+        arguments.programs,
+        arguments.min_keys,
+        arguments.max_whole,
+        arguments.long_keys,
+        arguments.max_programs,
+    )
     splittings = [
-        Splitting(programs=programs, min_keys=min_keys, max_whole=max_whole)
-        for programs, min_keys, max_whole in product(arguments.programs, arguments.min_keys, arguments.max_whole)
+        Splitting(programs=programs, min_keys=min_keys, max_whole=max_whole, long_keys=long, max_programs=most)
+        for programs, min_keys, max_whole, long, most in product(*axes)
+        if most > programs or long == max(arguments.long_keys)  # else it makes no difference
     ]
-    print(f"{'batch x context':18}{'programs, keys, whole':24}{'splits':>7}{'us':>9}{'TB/s':>7}")
+    print(f"{'batch x context':18}{NUMBERS:34}{'splits':>7}{'us':>9}{'TB/s':>7}")
     results = []
     for result in measure(shape, workloads, splittings, arguments.block_size):
         results.append(result)
         print(
-            f"{result.workload!s:18}{name_of(result.splitting):24}{result.splits:7}{result.us:9.2f}{result.tbps:7.2f}",
+            f"{result.workload!s:18}{name_of(result.splitting):34}{result.splits:7}{result.us:9.2f}{result.tbps:7.2f}",
             flush=True,
         )
     print(*summary(results, workloads), sep="\n")

@@ -32,11 +32,13 @@ _MERGED = 8  # splits whose results a merge loads at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100."""
+    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100 and an H200."""
 
     programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
     min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
     max_whole: int = 256  # rows of up to so many keys are not split at all
+    long_keys: int = 512  # longer splits are split further, so that programs end together, ...
+    max_programs: int = 1056  # ... into so many programs
 
 
 SPLITTING = Splitting()
@@ -169,7 +171,8 @@ def plan_attention(
     rows, device = kv_lens.shape[0], kv_lens.device
     max_chunk_rows = rows if max_chunk_rows is None else min(max_chunk_rows, rows)
     target = triton.cdiv(splitting.programs, num_kv_heads)
-    max_splits = rows + target
+    max_target = max(target, triton.cdiv(splitting.max_programs, num_kv_heads))
+    max_splits = rows + max_target
     queries = _prefill_tiles(dtype)["QUERIES"]
     max_tiles = num_tokens // queries + max_chunk_rows if max_chunk_rows else 0
 
@@ -195,8 +198,10 @@ def plan_attention(
         max_splits,
         max_tiles,
         target,
+        max_target,
         splitting.min_keys,
         splitting.max_whole,
+        splitting.long_keys,
         KV_HEADS=num_kv_heads,
         ROWS=max(256, triton.next_power_of_2(rows)),
         TILE=_DECODE_TILE,
@@ -359,7 +364,10 @@ def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
     return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 
-@jit_once("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles", "target", "min_keys", "max_whole")
+@jit_once(
+    *("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles"),
+    *("target", "max_target", "min_keys", "max_whole", "long_keys"),
+)
 def _plan_kernel(
     query_starts_ptr,  # [num_rows + 1] int32
     kv_lens_ptr,  # [num_rows] int32
@@ -372,8 +380,10 @@ def _plan_kernel(
     max_splits,
     max_tiles,
     target,  # splits of a KV head, beyond one for each row
+    max_target,
     min_keys,
     max_whole,
+    long_keys,
     KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -391,7 +401,9 @@ def _plan_kernel(
     if tl.program_id(0) == 0:
         single = num_queries == 1
         kv_len = tl.where(single, tl.load(kv_lens_ptr + row, mask=is_row, other=0), 0)
-        split_len = tl.maximum(tl.cdiv(tl.sum(kv_len, axis=0), target), min_keys)
+        num_keys = tl.sum(kv_len, axis=0)
+        split_len = tl.maximum(tl.minimum(tl.cdiv(num_keys, target), long_keys), min_keys)
+        split_len = tl.maximum(split_len, tl.cdiv(num_keys, max_target))
         split_len = tl.cdiv(split_len, TILE) * TILE
         # A row without keys has one split too: it writes the zeros.
         count = tl.where(kv_len <= max_whole, 1, tl.maximum(tl.cdiv(kv_len, split_len), 1))

@@ -239,10 +239,24 @@ def test_short_rows_can_stay_whole(triton_device: torch.device) -> None:
     check(attend(batch, plan), batch)
 
 
+@pytest.mark.parametrize(
+    ("long_keys", "max_programs", "splits"), [(128, 16, [6, 2]), (128, 40, [8, 2]), (640, 40, [2, 1])]
+)
+def test_long_splits_are_split_further(
+    triton_device: torch.device, long_keys: int, max_programs: int, splits: list[int]
+) -> None:
+    """1,280 keys in 2 splits of each of 2 KV heads, which would be 640 keys long: into no more than `max_programs`."""
+    batch = make_batch([(1, 1024), (1, 256)], heads=4, kv_heads=2, device=triton_device)
+    splitting = Splitting(programs=4, min_keys=64, max_whole=0, long_keys=long_keys, max_programs=max_programs)
+    plan = plan_of(batch, splitting=splitting)
+    assert plan.splits.firsts.diff().tolist() == splits
+    check(attend(batch, plan), batch)
+
+
 def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
     rows = [(1, 130), (1, 0), (17, 20), (0, 0), (1, 300), (33, 33), (2, 0), (1, 64), (0, 0)]
     batch = make_batch(rows, device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=6, min_keys=64, max_whole=0))
+    plan = plan_of(batch, splitting=Splitting(programs=6, min_keys=64, max_whole=0, max_programs=6))
     # 494 keys in 3 parts a KV head, in whole tiles: 192 keys a split.
     assert plan.splits.firsts.tolist() == [0, 1, 2, 2, 2, 4, 4, 4, 5, 5]
     assert plan.splits.records[:5, :6].tolist() == [
