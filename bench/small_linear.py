@@ -5,10 +5,9 @@ the separate kernel behind it, a norm with its residual addition or a SiLU. (A l
 which the layer before has left to it; so the separate product is timed with a norm's kernel before it. Among several
 ranks norms are part of the sum over these, and are not timed.) As in `bench.kernels`, launches over rotated weights
 that exceed the L2 cache are captured in a CUDA graph, and the median of its replays is divided by the launches. The
-best are timed again without dependent launch (PDL) and with prefetching, and whole decoder layers in a row, where
-launches of different kinds follow each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. For
-all three models some 1,500 kernels are compiled first, in as many processes as there are cores, and some 3,000 launches
-timed.
+best are timed again without dependent launch (PDL), and whole decoder layers in a row, where launches of different
+kinds follow each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. Kernels are compiled
+first, in as many processes as there are cores; a model takes a minute on sixteen.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class Variant:
         text = f"{tiling.form}{tiling.rows} {tiling.block_n}x{tiling.block_k} w{tiling.warps}"
         text += f" s{tiling.stages}" + (f" /{tiling.splits}" if tiling.splits > 1 else "")
         text += f" by {tiling.block_rows}" if tiling.block_rows else ""
-        return text + (f" prefetch {tiling.prefetch}" if tiling.prefetch else "") + ("" if self.pdl else " no PDL")
+        return text + ("" if self.pdl else " no PDL")
 
 
 def layers_of(model: str, folder: Path) -> list[Layer]:
@@ -123,80 +122,41 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
     default = default_tiling(layer.work(rows))
     if default is not None:
         yield Variant(default)
-    if rows <= 4:
+    if rows <= 2:
         for warps, blocks in ((1, (2, 4)), (2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
             for block_n in blocks:
                 fills = layer.n // block_n >= 120 and 256 * warps < 2 * layer.k
-                if fills and block_n <= (16, 8, 8)[rows // 2] and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
+                if fills and block_n <= 16 // rows and layer.k <= {1: 1024, 2: 3072}.get(warps, layer.k):
                     for stages in _fma_stages(layer.k, rows, block_n, 256 * warps):
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages))
-    if rows >= 8:
-        for tiling in _wide_tilings(layer, rows):
-            yield Variant(tiling)
-    if 4 <= rows <= 64:
-        for tiling in _held_tilings(layer, max(8, rows)):
-            yield Variant(tiling)
-        for block_n, block_k, warps, stages in (
-            *(((16, 256, 1, 4), (32, 256, 2, 4)) if rows <= 16 else _SMALL_TILES),
-            (32, 256, 4, 4 if rows <= 32 else 3),
-            (64, 128, 4, 4),
-            (64, 256, 4, 3),
-            (128, 128, 8, 4),
-        ):
-            tiles = -(-layer.n // block_n)
-            for splits in (1, 2, 4, 8):
-                fills = 100 <= tiles * splits <= 600 or (splits == 1 and tiles > 600)
-                if not fills or (splits > 1 and tiles > 300) or block_k * splits * 2 > layer.k:
-                    continue
-                yield Variant(Tiling("dot", max(8, rows), block_n, block_k, warps, splits, stages))
+    for tiling in _ring_tilings(layer, rows):
+        yield Variant(tiling)
 
 
-_SMALL_TILES = ((16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3))
-"""Of which, with many rows of x beside them, several programs fit on a multiprocessor."""
+def _ring_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
+    """Return those that fill the GPU, with as many tiles under way as one, two or three programs to each of its
+    multiprocessors have room for."""
+    if rows <= 32:
+        yield from _tilings_of(layer, rows, (max(8, rows),), (64, 128), (1, 2, 4))
+    if rows >= 32:
+        yield from _tilings_of(layer, rows, (64, 128) if rows > 64 else (64,), (16, 32, 64, 128), (1, 2))
 
 
-def _wide_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
-    """Return those that fill the GPU, with as many tiles under way as one or two programs to each of its
-    multiprocessors have room for, and of many rows also three."""
-    many = product((64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4), ((74_000, 110_000, 200_000),))
-    few = product((8, 16, 32), (64, 128), (128, 256), (1, 2, 4, 8), ((110_000, 200_000),))
-    for block_rows, block_n, block_k, splits, rooms in (*many, *few):
+def _tilings_of(
+    layer: Layer, rows: int, blocks_of_rows: Sequence[int], blocks_of_n: Sequence[int], splittings: Sequence[int]
+) -> Iterator[Tiling]:
+    for block_rows, block_n, block_k, splits in product(blocks_of_rows, blocks_of_n, (64, 128, 256), splittings):
         programs = -(-layer.n // block_n) * -(-rows // block_rows) * splits
-        fills = 64 <= programs <= 300 or (splits == 1 and programs > 300 and block_n >= 64)
         steps = -(-layer.k // (splits * block_k))
-        fits = 64 <= block_rows <= max(rows, 64) if rows >= 32 and block_rows >= 64 else rows <= block_rows <= 2 * rows
-        left = block_rows if block_rows >= 64 else block_n // (2 if layer.gated else 1)
-        if not fills or not fits or left < 64 or steps < 2 or (block_rows < 64 and rows > 32):
+        if programs < 60 or (programs > 280 and (splits > 1 or block_n < 64)) or not 2 <= steps <= 100:
+            continue
+        if block_n * block_k < 4096 or (block_n == 64 == block_k and rows > 64):  # tiles too small to be worth trying
             continue
         tile = 2 * (block_rows + block_n) * block_k
-        for stages in sorted({min(room // tile, steps, 8) for room in rooms}):
-            if stages >= 2 and stages * tile >= 40_000:
-                for warps in (4, 8)[: left // 64]:
-                    yield Tiling("wide", rows, block_n, block_k, warps, splits, stages, block_rows=block_rows)
-
-
-def _held_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
-    """Return those that fill the GPU, and fit: whole weight rows and one or two tiles of x."""
-    for warps, part in (
-        (1, 256),
-        (2, 256),
-        (4, 128),
-        (4, 256),
-        (8, 64),
-        (8, 128),
-        (8, 256),
-        (16, 64),
-        (16, 128),
-        (16, 256),
-    ):
-        block_k = warps * part
-        stages = -(-layer.k // block_k)
-        for block_n in (8, 16, 32, 64):
-            registers = (block_n * stages + rows * min(stages, 2)) * part // 64
-            shared = 2 * (block_n * stages + rows) * block_k
-            fits = stages <= 4 and stages * block_k <= 1.4 * layer.k and registers <= 128 and shared <= 200 << 10
-            if fits and 100 <= layer.n // block_n <= 1600:
-                yield Tiling("held", rows, block_n, block_k, warps, stages=stages)
+        for stages in sorted({min(room // tile, steps, 12) for room in (74_000, 110_000, 222_000)}):
+            if stages >= 2 and stages * tile >= 60_000:
+                for warps in (4, 8)[: 2 if block_rows == 128 <= 2 * block_n else 1]:
+                    yield Tiling("ring", rows, block_n, block_k, warps, splits, stages, block_rows)
 
 
 def _fma_stages(k: int, rows: int, block_n: int, block_k: int) -> Iterable[int]:
@@ -341,7 +301,7 @@ def compile_all(wanted: Iterable[Wanted]) -> None:
     for layer, rows, variant in wanted:
         tiling = variant.tiling
         # Whole tiles are read without a mask; those of fma are held all at once where there are no more.
-        tiles = layer.k / (tiling.block_k * (tiling.stages if tiling.form in ("fma", "held") else tiling.splits))
+        tiles = layer.k / (tiling.block_k * (tiling.stages if tiling.form in ("fma",) else tiling.splits))
         beside = (triton.next_power_of_2(layer.parts(rows)) if layer.scaled else 0, layer.adds, layer.gated)
         key = (variant, *beside, layer.n % tiling.block_n == 0, tiles.is_integer(), tiles <= 1)
         kernels.setdefault(key, (layer, rows, variant))
@@ -372,13 +332,8 @@ class Result:
         return next(variant for variant in self.ranked if variant.pdl)
 
     def further(self) -> list[Variant]:
-        """The best one in other ways: without PDL, and with more or less of each weight row prefetched."""
-        tiling, k = self.best.tiling, self.layer.k
-        ahead = k - tiling.stages * tiling.block_k if tiling.form == "fma" else k // tiling.splits
-        prefetches = tiling.form != "held" and ahead >= 64
-        sizes = {0, min(1024, triton.next_power_of_2(ahead))} - {tiling.prefetch} if prefetches else ()
-        prefetched = [replace(self.best, tiling=replace(tiling, prefetch=size)) for size in sizes]
-        return [replace(self.best, pdl=False), *prefetched]
+        """The best one without PDL."""
+        return [replace(self.best, pdl=False)]
 
     @property
     def by_default(self) -> float:
@@ -404,7 +359,7 @@ class Result:
 
 
 def source(tiling: Tiling) -> str:
-    numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages, tiling.prefetch]
+    numbers = [tiling.rows, tiling.block_n, tiling.block_k, tiling.warps, tiling.splits, tiling.stages]
     numbers += [tiling.block_rows] if tiling.block_rows else []
     return f'Tiling("{tiling.form}", {", ".join(map(str, numbers))})'
 

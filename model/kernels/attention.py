@@ -32,7 +32,7 @@ _MERGED = 8  # splits whose results a merge loads at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100 and an H200."""
+    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100 or H200."""
 
     programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
     min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves

@@ -13,12 +13,9 @@ from model.kernels import packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.dependent import dependent_launch
 from model.kernels.norm import Normed, add_rms_norm
-from model.kernels.runtime import use_triton, wanted
+from model.kernels.runtime import is_hopper, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import tiling_for
-
-_ROWS_WITHOUT_PDL = 4
-"""With more rows, and launches that are not dependent, cuBLAS was the faster (docs/performance.md)."""
 
 
 def linear(
@@ -74,11 +71,11 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Ti
         return None
     rows, (n, k) = x.shape[0], weight.shape
     tiling = tiling_for(rows, n, k, gated=gated)
-    by_descriptors = tiling is not None and tiling.form == "wide"
-    return tiling if not by_descriptors or wanted("tensor_descriptors") else None
+    if tiling is not None and tiling.form == "ring" and not (is_hopper(x.device) and wanted("tensor_descriptors")):
+        return None
+    return tiling
 
 
 def _wants_small_linear(x: torch.Tensor) -> bool:
     """Tell whether fused launches are for `x`; tilings are for elements of two bytes with bfloat16's range."""
-    pays = x.shape[0] <= _ROWS_WITHOUT_PDL or bool(dependent_launch(x))
-    return pays and wanted("small_linear") and x.dtype is torch.bfloat16 and use_triton(x)
+    return wanted("small_linear") and x.dtype is torch.bfloat16 and use_triton(x)

@@ -1,7 +1,8 @@
 """The one place that imports Triton, and the one place that decides between a kernel and its torch reference.
 
 Without Triton (a laptop that runs on CPU) every kernel module still imports: `jit` then leaves the kernel a plain
-function that nothing calls.
+function that nothing calls. Gluon is Triton's lower level, where a kernel says itself what lies in shared memory, who
+has which element and what is waited for; Triton's interpreter does not run it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,28 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
 except ModuleNotFoundError:
-    triton = tl = None
+    triton = tl = gluon = gl = hopper = None
 
-__all__ = ["constexpr", "is_hopper", "jit", "jit_once", "tl", "triton", "unwanted", "use_triton", "wanted"]
+__all__ = [
+    "constexpr",
+    "gl",
+    "gluon_constexpr",
+    "gluon_jit",
+    "gluon_jit_once",
+    "hopper",
+    "is_hopper",
+    "jit",
+    "jit_once",
+    "tl",
+    "triton",
+    "unwanted",
+    "use_triton",
+    "wanted",
+]
 
 DISPENSABLE = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors", "fused_decode")
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
@@ -71,13 +90,26 @@ def jit_once(*varying: str) -> Callable[[Callable[..., Any]], Any]:
     Triton compiles a variant of a kernel for integers that are 1 or divisible by 16, and for pointers that are aligned.
     Where that changes while requests run, one of them would wait for the compiler.
     """
+    return lambda function: function if triton is None else triton.jit(function, **_unspecialized(varying))
 
-    def wrap(function: Callable[..., Any]) -> Any:
-        if triton is None:
-            return function
-        return triton.jit(function, do_not_specialize=varying, do_not_specialize_on_alignment=varying)
 
-    return wrap
+def gluon_jit(function: Callable[..., Any]) -> Any:
+    """As `jit`, for functions in Gluon."""
+    return function if gluon is None else gluon.jit(function)
+
+
+def gluon_jit_once(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """As `jit_once`, for a kernel in Gluon."""
+    return lambda function: function if gluon is None else gluon.jit(**_unspecialized(varying))(function)
+
+
+def gluon_constexpr(function: Callable[..., Any]) -> Any:
+    """Let kernels in Gluon call a function of constants, such as one that returns a layout."""
+    return function if gluon is None else gluon.constexpr_function(function)
+
+
+def _unspecialized(varying: tuple[str, ...]) -> dict[str, Any]:
+    return {"do_not_specialize": varying, "do_not_specialize_on_alignment": varying}
 
 
 def constexpr(value: int) -> Any:

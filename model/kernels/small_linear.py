@@ -9,13 +9,9 @@ row the sum of the squares of its totals. Whoever multiplies total * gain next a
 products are computed, and multiplies them by 1 / rms (`model.kernels.norm.Scale`). Each partial sum has a place of its
 own, and they are added in a fixed order.
 
-There are four kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
-them whole or walks along them. *held* multiplies on the tensor cores, each warp its part of the reduction; a program
-holds its weight rows whole, so they must be short. *dot* does so for long ones, with the weight as the left operand, so
-that the rows of x are the narrow side; it may split the reduction over several programs, the last of which to arrive
-adds up the partial sums of all in a fixed order and leaves the counter as it found it. *wide* takes any number of rows
-from 8 on, which several programs may share for the same weight rows; tiles of x and of the weight come by tensor
-descriptors, so it is for GPUs that have a tensor memory accelerator (and may split the reduction too).
+There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
+them whole or walks along them. *ring* (`model.kernels.ring_linear`) multiplies on the matrix units of a Hopper, up to
+any number of rows.
 
 Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before:
 the total is, as it is stored, and its rounded elements are what is squared and what is multiplied by the gain. And that
@@ -23,8 +19,8 @@ product is rounded once, where the norm rounds twice, since 1 / rms is applied t
 bias and the gate). The bits of a row depend on its values, the weights and the tilings alone: not on other rows, nor on
 which program arrives last.
 
-The first weights are requested before the kernel waits for its inputs (`model.kernels.dependent`); `Tiling.prefetch`
-tells how many more. Which layers use these kernels, and how they are cut, is for `model.kernels.linear` to say.
+The first weights are requested before the kernel waits for its inputs (`model.kernels.dependent`). Which layers use
+these kernels, and how they are cut, is for `model.kernels.linear` to say.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -35,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +39,7 @@ import torch.nn.functional as F
 from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
+from model.kernels.ring_linear import ring_kernel, tiles_of
 from model.kernels.runtime import jit, jit_once, tl, triton
 
 _MAX_SPLIT_UNITS = 4096
@@ -52,28 +49,29 @@ _MAX_SPLIT_UNITS = 4096
 class Tiling:
     """How a launch is cut into programs.
 
-    A launch takes up to `rows` rows: a power of two, from 1 for fma and from 8 for the others. A tile is `block_n`
-    weight rows (of a gated layer half of them gates, half of them ups) and `block_k` of their columns; fma needs 256
-    columns for each of its `warps`, so that a thread has the same eight columns of all rows. `stages` tiles are under
-    way at a time, in registers (fma, and held, which needs no more than these) or in shared memory (dot, wide).
-    `splits` programs share the reduction of the same features (dot, wide). A program of wide has `block_rows` of the
-    rows, of the others all. With dependent launch, `prefetch` columns of each weight row (fma: beyond those in
-    registers; held: none), a power of two from 64 or none, are requested into the L2 cache ahead of everything else.
+    A launch takes up to `rows` rows: 1, 2 or 4 of fma. A tile is `block_n` weight rows (of a gated layer half of them
+    gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for each of its `warps`, so that a
+    thread has the same eight columns of all rows. `stages` tiles are under way at a time, in registers (fma) or in
+    shared memory (ring). `splits` programs share the reduction of the same features, the last of which to arrive adds
+    up what all have, in a fixed order (ring). A program of ring has `block_rows` of the rows, one of fma all; with 64
+    or more of them they are the left operand, else the weight is, of which `block_n` must then be 64 or more.
     """
 
-    form: Literal["fma", "held", "dot", "wide"]
+    form: Literal["fma", "ring"]
     rows: int
     block_n: int
     block_k: int
     warps: int
     splits: int = 1
     stages: int = 1
-    prefetch: int = 0
     block_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.form == "fma":
             assert self.block_k == 256 * self.warps, "a thread of fma has eight columns of a tile"
+        else:
+            assert max(self.block_rows, self.block_n) >= 64, "the left operand of ring has 64 rows or more"
+            assert self.stages >= 2, "a ring has two places or more"
 
 
 def small_linear_torch(
@@ -174,75 +172,45 @@ def _launch(
     assert k % 8 == 0, f"rows of {k} elements are not aligned"
     parts = 0 if scale is None else squares.shape[1]
     tiles = triton.cdiv(n, tiling.block_n)
-    arguments = (x, weight, nothing if bias is None else bias, squares, *stream, out)
+    arguments = (nothing if bias is None else bias, squares, *stream, out)
     numbers = (0.0 if scale is None else scale.eps, rows, n, k, parts)
     options = {
-        "ROWS": tiling.rows,
         "BLOCK_N": tiling.block_n,
+        "BLOCK_K": tiling.block_k,
         "STAGES": tiling.stages,
-        "EVEN_N": n % tiling.block_n == 0,
         "PDL": pdl,
         "BIAS": bias is not None,
         "ADD": added is not None,
         "SQUARES": triton.next_power_of_2(parts) if parts else 0,
         "GATED": gated,
         "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
     }
     if pdl:
         options["launch_pdl"] = True
-    prefetching = {"PREFETCH": tiling.prefetch if pdl else 0, "LANES": 32 * tiling.warps}
     if tiling.form == "fma":
         _fma_kernel[(tiles,)](
+            x,
+            weight,
             *arguments,
             *numbers,
-            BLOCK_K=tiling.block_k,
+            ROWS=tiling.rows,
             WHOLE=k <= tiling.block_k * tiling.stages,
+            EVEN_N=n % tiling.block_n == 0,
             EVEN_K=k >= tiling.block_k * tiling.stages,
-            **prefetching,
             **options,
         )
-    elif tiling.form == "held":
-        assert k <= tiling.block_k * tiling.stages, f"{k} columns are too many for {tiling}"
-        _held_kernel[(tiles,)](
-            *arguments,
-            *numbers,
-            PARTS=tiling.warps,
-            PART=tiling.block_k // tiling.warps,
-            EVEN_K=k == tiling.block_k * tiling.stages,
-            **options,
-        )
-    elif tiling.form == "dot":
-        _dot_kernel[(tiles, tiling.splits)](
-            *arguments,
-            *_split_memory(tiles, tiling.splits, tiling.rows * tiling.block_n, x.device),
-            *numbers,
-            BLOCK_K=tiling.block_k,
-            SPLITS=tiling.splits,
-            EVEN_K=k % (tiling.block_k * tiling.splits) == 0,
-            **prefetching,
-            **options,
-        )
-    else:
+    elif rows:
         blocks = triton.cdiv(rows, tiling.block_rows)
-        _wide_kernel[(tiles, blocks, tiling.splits)](
-            _tiles_of(x, tiling.block_rows, tiling.block_k),
-            _tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
-            *arguments[1:],
+        ring_kernel[(tiles, blocks, tiling.splits)](
+            tiles_of(x, tiling.block_rows, tiling.block_k),
+            tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
+            *arguments,
             *_split_memory(tiles * blocks, tiling.splits, tiling.block_rows * tiling.block_n, x.device),
             *numbers,
-            BLOCK_K=tiling.block_k,
+            ROWS=tiling.block_rows,
             SPLITS=tiling.splits,
-            **prefetching,
-            **options | {"ROWS": tiling.block_rows},
+            **options,
         )
-
-
-def _tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
-    """Describe a contiguous matrix as tiles, of which a kernel asks for one at a time: zeros outside of the matrix."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def _split_memory(units: int, splits: int, elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,38 +239,6 @@ def _features(tile, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
     else:
         feature = tile * BLOCK_N + index
     return feature
-
-
-@jit
-def _prefetch(
-    weight_ptr,
-    feature,
-    n,
-    k,
-    first,
-    last,
-    BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
-    """Request columns first .. first + PREFETCH - 1 (below last) of each weight row into the L2 cache."""
-    if PREFETCH > 0:
-        # Each thread asks for a piece of its own, unless pieces would be small: they must be of whole 16 bytes.
-        PIECES: tl.constexpr = max(1, min(LANES // BLOCK_N, PREFETCH // 64))
-        PIECE: tl.constexpr = PREFETCH // PIECES
-        column = first + tl.arange(0, PIECES) * PIECE
-        wanted = (feature < n)[:, None] & (column < last)[None, :]
-        count = tl.where(wanted, tl.minimum(last - column, PIECE)[None, :], 0)
-        pointer = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
-        num_bytes = count * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [pointer, num_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @jit
@@ -414,8 +350,6 @@ def _fma_kernel(
     WHOLE: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    LANES: tl.constexpr,
     PDL: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -426,7 +360,6 @@ def _fma_kernel(
     begin_dependents(PDL)
     tile = tl.program_id(0)
     feature = _features(tile, n, BLOCK_N, GATED)
-    _prefetch(weight_ptr, feature, n, k, STAGES * BLOCK_K, k, BLOCK_N, LANES, 0 if WHOLE else PREFETCH)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_K)
     weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
@@ -527,280 +460,3 @@ def _load_tile(pointers, owned, column, k, EVEN_N: tl.constexpr, EVEN_K: tl.cons
     else:
         tile = tl.load(pointers, mask=owned & (column < k), other=0.0)
     return tile
-
-
-@jit_once("rows")
-def _held_kernel(
-    x_ptr,  # [rows, k]
-    weight_ptr,  # [n, k]
-    bias_ptr,  # [n], read only with BIAS
-    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
-    residual_ptr,  # [rows, n], read only with ADD
-    gain_ptr,  # [n], read only with ADD
-    total_ptr,  # [rows, n], written only with ADD
-    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
-    out_ptr,  # [rows, n], with GATED [rows, n / 2]
-    eps,
-    rows,
-    n,
-    k,
-    parts,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PDL: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    SQUARES: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """One program: BLOCK_N features of every row. It holds all STAGES tiles of the weight before it looks at x.
-
-    A tile has PARTS parts of PART columns: a product for each warp, all of them added up at the end. (A product of
-    matrices in batches is that: Triton gives each of as many warps as there are batches one of them.) Weights are
-    loaded as the right operand, [PARTS, PART, BLOCK_N]: to turn tiles over behind their loads, the compiler would wait
-    for each of them before it asks for the next.
-    """
-    begin_dependents(PDL)
-    tile = tl.program_id(0)
-    feature = _features(tile, n, BLOCK_N, GATED)
-    row = tl.arange(0, ROWS)
-    column = (tl.arange(0, PARTS) * PART)[:, None] + tl.arange(0, PART)[None, :]
-    weights = weight_ptr + feature.to(tl.int64)[None, None, :] * k + column[:, :, None]
-    offsets = row[None, :, None] * k + column[:, None, :]
-    owned = (feature < n)[None, None, :]
-    is_row = (row < rows)[None, :, None]
-    held = ()
-    for stage in tl.static_range(STAGES):
-        here = (stage * PARTS * PART + column)[:, :, None]
-        held = held + (_load_tile(weights + stage * PARTS * PART, owned, here, k, EVEN_N, EVEN_K),)
-    bias = _load_features(bias_ptr, feature, n, BIAS)
-    gain = _load_features(gain_ptr, feature, n, ADD)
-    wait(PDL)
-
-    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
-    xs = (tl.load(x_ptr + offsets, mask=is_row & (column < k)[:, None, :], other=0.0),)
-    products = tl.zeros([PARTS, ROWS, BLOCK_N], tl.float32)
-    for stage in tl.static_range(STAGES):
-        if stage + 1 < STAGES:  # on its way while this one is multiplied
-            ahead = (stage + 1) * PARTS * PART
-            inside = (ahead + column < k)[:, None, :]
-            xs = xs + (tl.load(x_ptr + offsets + ahead, mask=is_row & inside, other=0.0),)
-        products = tl.dot(xs[stage], held[stage], products, input_precision="ieee")
-    total = tl.trans(tl.sum(products, axis=0))
-    extras = bias, gain, residual, squares
-    outputs = total_ptr, own_squares_ptr, out_ptr
-    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)
-
-
-@jit_once("rows")
-def _dot_kernel(
-    x_ptr,  # [rows, k]
-    weight_ptr,  # [n, k]
-    bias_ptr,  # [n], read only with BIAS
-    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
-    residual_ptr,  # [rows, n], read only with ADD
-    gain_ptr,  # [n], read only with ADD
-    total_ptr,  # [rows, n], written only with ADD
-    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
-    out_ptr,  # [rows, n], with GATED [rows, n / 2]
-    partial_ptr,  # [tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
-    arrivals_ptr,  # [tiles] int32, zeros before and after
-    eps,
-    rows,
-    n,
-    k,
-    parts,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    LANES: tl.constexpr,
-    PDL: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    SQUARES: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """One program: BLOCK_N features of every row, over one of SPLITS parts of the reduction."""
-    begin_dependents(PDL)
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    part = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
-    first = split * part
-    last = tl.minimum(first + part, k)
-    feature = _features(tile, n, BLOCK_N, GATED)
-    _prefetch(weight_ptr, feature, n, k, first, last, BLOCK_N, LANES, PREFETCH)
-    owned = (feature < n)[:, None]
-    column = tl.arange(0, BLOCK_K)
-    row = tl.arange(0, ROWS)
-    weights = weight_ptr + feature.to(tl.int64)[:, None] * k + column[None, :]
-    offsets = row[:, None] * k + column[None, :]
-    bias = _load_features(bias_ptr, feature, n, BIAS)
-    gain = _load_features(gain_ptr, feature, n, ADD)
-    wait(PDL)
-
-    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
-    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
-        weight = _load_tile(weights + start, owned, (start + column)[None, :], k, EVEN_N, EVEN_K)
-        inside = (row < rows)[:, None] & (start + column < k)[None, :]
-        x = tl.load(x_ptr + offsets + start, mask=inside, other=0.0)
-        total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
-
-    if SPLITS > 1:
-        if not _arrive_last(total, partial_ptr, arrivals_ptr, tile, split, BLOCK_N, ROWS, SPLITS):
-            return
-        total = _add_splits(partial_ptr, tile, BLOCK_N, ROWS, SPLITS)
-    extras = bias, gain, residual, squares
-    outputs = total_ptr, own_squares_ptr, out_ptr
-    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)
-
-
-@jit
-def _places_of_split(partial_ptr, unit, split, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """Return where a split's part of a unit lies, [BLOCK_N, ROWS]."""
-    row, index = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    return partial_ptr + ((unit * SPLITS + split) * ROWS + row)[None, :] * BLOCK_N + index[:, None]
-
-
-@jit
-def _arrive_last(
-    part,  # [BLOCK_N, ROWS] float32
-    partial_ptr,
-    arrivals_ptr,
-    unit,
-    split,
-    BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Leave a split's part of a unit; tell whether all the others have left theirs."""
-    tl.store(_places_of_split(partial_ptr, unit, split, BLOCK_N, ROWS, SPLITS), part)
-    tl.debug_barrier()  # every thread's part is stored before one of them tells so
-    is_last = tl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") == SPLITS - 1
-    if is_last:
-        tl.store(arrivals_ptr + unit, 0)
-    return is_last
-
-
-@jit
-def _add_splits(partial_ptr, unit, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """Return the sum of all parts of a unit, [BLOCK_N, ROWS]."""
-    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for split in tl.static_range(SPLITS):
-        # Past the L1 cache, which does not see what other multiprocessors write.
-        places = _places_of_split(partial_ptr, unit, split, BLOCK_N, ROWS, SPLITS)
-        total += tl.load(places, cache_modifier=".cg")
-    return total
-
-
-@jit
-def _no_products(N: tl.constexpr, ROWS: tl.constexpr, X_LEFT: tl.constexpr):
-    """Return zeros [N, ROWS], or with X_LEFT [ROWS, N]."""
-    return tl.zeros([ROWS, N], tl.float32) if X_LEFT else tl.zeros([N, ROWS], tl.float32)
-
-
-@jit
-def _add_products(weight, x, products, X_LEFT: tl.constexpr):
-    """Return `products` with those of a tile of the weight [n, k] and one of x [rows, k]."""
-    if X_LEFT:
-        products = tl.dot(x, tl.trans(weight), products, input_precision="ieee")
-    else:
-        products = tl.dot(weight, tl.trans(x), products, input_precision="ieee")
-    return products
-
-
-@jit_once("rows")
-def _wide_kernel(
-    x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
-    weight_tiles,  # descriptor of the weight [n, k], tiles [BLOCK_N, BLOCK_K], with GATED [BLOCK_N / 2, BLOCK_K]
-    weight_ptr,  # the same
-    bias_ptr,  # [n], read only with BIAS
-    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
-    residual_ptr,  # [rows, n], read only with ADD
-    gain_ptr,  # [n], read only with ADD
-    total_ptr,  # [rows, n], written only with ADD
-    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
-    out_ptr,  # [rows, n], with GATED [rows, n / 2]
-    partial_ptr,  # [blocks of rows, tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
-    arrivals_ptr,  # [blocks of rows, tiles] int32, zeros before and after
-    eps,
-    rows,
-    n,
-    k,
-    parts,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    LANES: tl.constexpr,
-    PDL: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    SQUARES: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """One program: BLOCK_N features of a block of ROWS rows, over one of SPLITS parts of the reduction.
-
-    Matrix units take 64 rows of the left operand, and as few as 8 of the right one. So x is the left one where there
-    are so many rows of it, however few features a program has, and else the weight is.
-    """
-    begin_dependents(PDL)
-    tile = tl.program_id(0)
-    first_row = tl.program_id(1) * ROWS
-    split = tl.program_id(2)
-    part = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
-    first = split * part
-    last = tl.minimum(first + part, k)
-    row = first_row + tl.arange(0, ROWS)
-    feature = _features(tile, n, BLOCK_N, GATED)
-    # Of the programs that share weights, one asks for them.
-    _prefetch(weight_ptr, feature, tl.where(first_row == 0, n, 0), k, first, last, BLOCK_N, LANES, PREFETCH)
-    bias = _load_features(bias_ptr, feature, n, BIAS)
-    gain = _load_features(gain_ptr, feature, n, ADD)
-    wait(PDL)
-
-    residual, squares = _request(residual_ptr, squares_ptr, feature, row, rows, n, parts, ADD, SQUARES)
-    X_LEFT: tl.constexpr = ROWS >= 64
-    if GATED:
-        HALF: tl.constexpr = BLOCK_N // 2
-        gates = _no_products(HALF, ROWS, X_LEFT)
-        ups = _no_products(HALF, ROWS, X_LEFT)
-        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
-            x = x_tiles.load([first_row, start])
-            gate = weight_tiles.load([tile * HALF, start])
-            up = weight_tiles.load([n // 2 + tile * HALF, start])
-            gates = _add_products(gate, x, gates, X_LEFT)
-            ups = _add_products(up, x, ups, X_LEFT)
-        if X_LEFT:
-            total = tl.trans(tl.reshape(tl.join(gates, ups), (ROWS, BLOCK_N)))
-        else:
-            total = tl.reshape(tl.permute(tl.join(gates, ups), (0, 2, 1)), (BLOCK_N, ROWS))
-    else:
-        total = _no_products(BLOCK_N, ROWS, X_LEFT)
-        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
-            x = x_tiles.load([first_row, start])
-            total = _add_products(weight_tiles.load([tile * BLOCK_N, start]), x, total, X_LEFT)
-        if X_LEFT:
-            total = tl.trans(total)
-
-    if SPLITS > 1:
-        unit = tl.program_id(1) * tl.num_programs(0) + tile
-        if not _arrive_last(total, partial_ptr, arrivals_ptr, unit, split, BLOCK_N, ROWS, SPLITS):
-            return
-        total = _add_splits(partial_ptr, unit, BLOCK_N, ROWS, SPLITS)
-    extras = bias, gain, residual, squares
-    outputs = total_ptr, own_squares_ptr, out_ptr
-    _finish(total, extras, tile, feature, row, outputs, eps, rows, n, k, BLOCK_N, ROWS, BIAS, ADD, SQUARES, GATED)

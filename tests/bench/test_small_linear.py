@@ -16,7 +16,7 @@ from bench.small_linear import ROW_CLASSES, Layer, Result, Variant, layers_of, v
 
 LAYER = Layer("0.6B", "gate_up", 6144, 1024, behind=(1024, 2048), gated=True)
 WORK = Work(8, 6144, 1024, gated=True)
-FAST = Variant(Tiling("dot", 8, 32, 256, 4, 2, 4, 512))
+FAST = Variant(Tiling("ring", 8, 128, 64, 4, 2, 4, 8))
 BY_DEFAULT = default_tiling(WORK)
 assert BY_DEFAULT is not None
 

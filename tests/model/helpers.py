@@ -75,14 +75,14 @@ def unpack(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
 
 @contextmanager
 def fused_launches() -> Iterator[None]:
-    """Let linear layers of few rows be one launch with what stands around them, in Triton's interpreter.
+    """Let linear layers of one or two rows be one launch with what stands around them, in Triton's interpreter.
 
-    Tiles are as large as they may be there: it takes its time for each program.
+    Tiles are as large as they may be there: it takes its time for each program. (More rows are for Gluon.)
     """
 
     def tiling(rows: int, n: int, k: int, *, gated: bool) -> Tiling | None:
         chosen = tiling_for(rows, n, k, gated=gated)
-        return replace(chosen, block_n=64) if chosen is not None else None
+        return replace(chosen, block_n=64) if chosen is not None and chosen.form == "fma" else None
 
     with patch.object(linear, "_wants_small_linear", lambda x: True), patch.object(linear, "tiling_for", tiling):
         yield

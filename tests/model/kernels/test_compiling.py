@@ -32,7 +32,7 @@ ALWAYS = {
     "_score_kernel",
     "_silu_and_mul_kernel",
 }
-SMALL_LINEAR = {"_fma_kernel", "_held_kernel", "_dot_kernel", "_wide_kernel"}
+SMALL_LINEAR = {"_fma_kernel", "ring_kernel"}
 DEPENDENT = SMALL_LINEAR | {
     "_qk_norm_rope_store_kernel",
     "_rms_norm_kernel",
@@ -62,8 +62,8 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("bfloat16", "", SMALL_LINEAR),
         ("float32", "", set()),
-        ("bfloat16", "pdl", {"_fma_kernel", "_held_kernel"}),
-        ("bfloat16", "tensor_descriptors", SMALL_LINEAR - {"_wide_kernel"}),
+        ("bfloat16", "pdl", SMALL_LINEAR),
+        ("bfloat16", "tensor_descriptors", {"_fma_kernel"}),
         ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", set()),
     ],
 )

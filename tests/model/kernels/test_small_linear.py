@@ -20,39 +20,33 @@ from model.kernels.small_linear import (
     small_linear_triton,
 )
 from model.kernels.tilings import tiling_for
-from tests.model.kernels.comparing import MATCH, ON_GPU, TOLERANCE, poisoned, relative_error
+from tests.model.kernels.comparing import ON_GPU, TOLERANCE, poisoned, relative_error
 
 EPS = 1e-6
-FMA = Tiling(form="fma", rows=1, block_n=8, block_k=256, warps=1)
-DOT = Tiling(form="dot", rows=16, block_n=16, block_k=64, warps=4, stages=3)
-HELD = Tiling(form="held", rows=16, block_n=8, block_k=256, warps=4, stages=2)
-WIDE = Tiling(form="wide", rows=64, block_n=16, block_k=64, warps=4, stages=3, block_rows=16)
+FMA = Tiling("fma", rows=1, block_n=8, block_k=256, warps=1)
+RING = Tiling("ring", rows=16, block_n=64, block_k=128, warps=4, stages=3, block_rows=16)
+RINGS = [
+    RING,
+    replace(RING, rows=8, block_n=128, block_k=256, stages=2, block_rows=8),
+    replace(RING, rows=32, splits=3, block_rows=32),
+    replace(RING, rows=8, splits=8, stages=12, block_rows=8),  # of which some have no columns, and no ring is full
+    replace(RING, rows=64, block_n=16, block_k=64, stages=8, block_rows=64),
+    replace(RING, rows=256, block_n=32, splits=2, block_rows=64),
+    replace(RING, rows=256, warps=8, block_rows=128),
+    replace(RING, rows=64, stages=2, block_rows=16),
+]
+"""In Gluon, for Hopper: no interpreter runs them (test_compiling.py compiles them everywhere)."""
 TILINGS = [
-    *(replace(FMA, rows=rows) for rows in (1, 2, 4)),
+    *(replace(FMA, rows=rows) for rows in (1, 2)),
     replace(FMA, rows=2, block_k=1024, warps=4),
     replace(FMA, stages=2),
-    replace(FMA, rows=4, stages=3, prefetch=256),
-    HELD,
-    replace(HELD, rows=8, block_n=16, block_k=512, warps=8, stages=1),
-    replace(HELD, rows=32, warps=8),
-    DOT,
-    replace(DOT, rows=8, block_n=64, block_k=128, prefetch=64),
-    replace(DOT, splits=3),
-    replace(DOT, rows=8, splits=8),  # of which some have no columns
-    WIDE,
-    replace(WIDE, rows=128, block_n=32, block_k=128, stages=2, block_rows=64),
-    replace(WIDE, rows=32, splits=3, prefetch=64),
+    *RINGS * ON_GPU,
 ]
 SHAPES = [(24, 512), (18, 328), (6, 72), *([(4096, 4096), (1024, 3072)] if ON_GPU else [])]
 """Weights [n, k] of whole tiles, of ragged ones, and less than one."""
-# Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there.
-TENSOR_CORES = torch.bfloat16 if ON_GPU else torch.float16
-HALF = {"fma": torch.bfloat16, "held": TENSOR_CORES, "dot": TENSOR_CORES, "wide": TENSOR_CORES}
-CASES = [(tiling, dtype) for tiling in TILINGS for dtype in (torch.float32, HALF[tiling.form])]
-# In float32, twice as much would have to be held.
-CASES += [(replace(HELD, block_k=2048, warps=8), torch.bfloat16), (replace(HELD, rows=64), torch.bfloat16)] * ON_GPU
-MATCH = MATCH | {torch.float16: 2e-3}
-CLOSE = {torch.float32: 4e-6, torch.float16: 8e-3, torch.bfloat16: 2**-7 if ON_GPU else 8e-2}
+CASES = [(tiling, torch.bfloat16) for tiling in TILINGS]
+CASES += [(tiling, torch.float32) for tiling in TILINGS if tiling.form == "fma"]
+CLOSE = {torch.float32: 4e-6, torch.bfloat16: 2**-7 if ON_GPU else 8e-2}
 """Sums of another order: the largest element of a few may be rounded to its neighbour, and with a gate two more."""
 
 
@@ -119,16 +113,11 @@ def exact(inputs: Tensors, *, scale: Scale | None = None, gated: bool = False) -
     return out
 
 
-def fits(tiling: Tiling, k: int) -> bool:
-    return tiling.form != "held" or k <= tiling.block_k * tiling.stages
-
-
 def shapes(tiling: Tiling) -> Iterator[tuple[int, int, int]]:
     """The weight [n, k] and the rows of x to be tried."""
     for n, k in SHAPES:
         for rows in {max(tiling.rows - 1, 1), *([tiling.rows] if ON_GPU else [])}:
-            if fits(tiling, k):
-                yield n, k, rows
+            yield n, k, rows
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -180,7 +169,7 @@ def test_small_linear_add_norm(triton_device: torch.device, dtype: torch.dtype, 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_a_norm_between_two_layers(triton_device: torch.device, tiling: Tiling) -> None:
     """What one launch leaves to be scaled, another scales, by the sums of squares of all tiles, whole or not."""
-    n, k, dtype = 328, 72, HALF[tiling.form]
+    n, k, dtype = 328, 72, torch.bfloat16
     inputs = tensors(tiling.rows, n, k, dtype, triton_device)
     residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((tiling.rows, n), (n,)))
     normed, total = small_linear_add_norm_triton(*inputs, residual, gain, EPS, tiling=tiling)
@@ -193,14 +182,13 @@ def test_a_norm_between_two_layers(triton_device: torch.device, tiling: Tiling) 
     assert relative_error(out, finished) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [*range(1, 9), 11, 16, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, *([3, 8, 11, 16, 33, 64] if ON_GPU else [])])
 def test_any_number_of_rows_by_default(triton_device: torch.device, rows: int) -> None:
     tiling = tiling_for(rows, 36, 136, gated=True)
     assert tiling is not None
-    dtype = HALF[tiling.form]  # what tilings are for: float32 does not always fit
-    inputs = tensors(rows, 36, 136, dtype, triton_device)
+    inputs = tensors(rows, 36, 136, torch.bfloat16, triton_device)
     out = small_linear_triton(*inputs, gated=True, tiling=tiling)
-    assert relative_error(out, exact(inputs, gated=True)) < 2 * TOLERANCE[dtype]
+    assert relative_error(out, exact(inputs, gated=True)) < 2 * TOLERANCE[torch.bfloat16]
 
 
 def test_no_tiling_for_many_rows_or_unaligned_ones() -> None:
@@ -210,7 +198,7 @@ def test_no_tiling_for_many_rows_or_unaligned_ones() -> None:
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_a_row_does_not_depend_on_others(triton_device: torch.device, tiling: Tiling) -> None:
-    n, k, dtype = 18, 328, HALF[tiling.form]
+    n, k, dtype = 18, 328, torch.bfloat16
     inputs = tensors(tiling.rows, n, k, dtype, triton_device)
     residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((tiling.rows, n), (n,)))
     half = half_normed(inputs.x)
@@ -234,26 +222,26 @@ def test_a_row_does_not_depend_on_others(triton_device: torch.device, tiling: Ti
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_nothing_past_the_rows_is_read_or_written(triton_device: torch.device, tiling: Tiling) -> None:
-    n, k = 18, 328
+    n, k, dtype = 18, 328, torch.float32 if tiling.form == "fma" else torch.bfloat16
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
-        memory = poisoned(tiling.rows + 1, tensor.shape[1], dtype=torch.float32, device=triton_device)
+        memory = poisoned(tiling.rows + 1, tensor.shape[1], dtype=dtype, device=triton_device)
         memory[:1] = tensor
         return memory[:1]
 
-    inputs = tensors(1, n, k, torch.float32, triton_device)
+    inputs = tensors(1, n, k, dtype, triton_device)
     x, weight, _ = inputs
     half = half_normed(x)
     assert half.scale is not None
     scale = replace(half.scale, squares=poison(half.scale.squares))
-    memory = poisoned(tiling.rows + 1, n, dtype=torch.float32, device=triton_device)
+    memory = poisoned(tiling.rows + 1, n, dtype=dtype, device=triton_device)
     out = small_linear_triton(poison(half.x), weight, scale=scale, out=memory[:1], tiling=tiling)
-    assert relative_error(out, exact(inputs, scale=half.scale)) < TOLERANCE[torch.float32]
+    assert relative_error(out, exact(inputs, scale=half.scale)) < 2 * TOLERANCE[dtype]
     assert memory[1:].isnan().all()
-    residual, gain = (draw(*shape, dtype=torch.float32, device=triton_device) for shape in ((1, n), (n,)))
+    residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((1, n), (n,)))
     normed, total = small_linear_add_norm_triton(poison(x), weight, None, poison(residual), gain, EPS, tiling=tiling)
-    assert relative_error(total, residual.double() + exact(inputs)) < TOLERANCE[torch.float32]
-    assert relative_error(normed.finish(), exact_norm(total, gain)) < TOLERANCE[torch.float32]
+    assert relative_error(total, residual.double() + exact(inputs)) < TOLERANCE[dtype]
+    assert relative_error(normed.finish(), exact_norm(total, gain)) < 2 * TOLERANCE[dtype]
     assert normed.scale is not None
     assert relative_error(normed.scale.squares.double().sum(1), total.double().square().sum(1)) < 1e-6
 
@@ -263,12 +251,6 @@ def test_what_is_added_may_be_what_is_multiplied(triton_device: torch.device) ->
     gain = draw(64, dtype=torch.float32, device=triton_device)
     _, total = small_linear_add_norm_triton(*inputs, inputs.x, gain, EPS, tiling=FMA)
     assert relative_error(total, inputs.x.double() + exact(inputs)) < TOLERANCE[torch.float32]
-
-
-def test_too_many_columns_to_be_held(triton_device: torch.device) -> None:
-    x, weight = torch.randn(3, 520, device=triton_device), torch.randn(8, 520, device=triton_device)
-    with pytest.raises(AssertionError, match="520 columns"):
-        small_linear_triton(x, weight, tiling=HELD)
 
 
 def test_too_many_rows_for_a_tiling(triton_device: torch.device) -> None:
@@ -281,11 +263,7 @@ def test_too_many_rows_for_a_tiling(triton_device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "tiling",
-    [
-        replace(FMA, rows=4, prefetch=256),
-        replace(DOT, splits=4, prefetch=256),
-        replace(WIDE, splits=2, block_n=64, block_rows=64, prefetch=256),
-    ],
+    [replace(FMA, rows=2), replace(RING, splits=4), replace(RING, rows=64, block_n=32, block_rows=64)],
     ids=str,
 )
 def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Tiling) -> None:

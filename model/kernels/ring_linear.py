@@ -1,0 +1,267 @@
+"""*ring*, a linear layer of few rows in Gluon, for Hopper: tiles of the weight come ahead of everything else.
+
+What a launch computes is told in `model.kernels.small_linear`. A step of few rows is bound by reading weights, and the
+memory must not idle while one launch ends and the next begins. So a program holds a ring of tiles in shared memory, and
+fills it with weights before it waits for the launch before it; only then it asks for the tiles of x. A tile is asked
+for as soon as the one before it in the same place has been multiplied. Tensor descriptors fetch them: one thread asks,
+and a barrier in shared memory tells when the bytes of both tiles have arrived.
+
+(Triton's own pipelining cannot do so: it would ask for the tiles of x and of the weight together.)
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+# (As in the other kernel modules.)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model.kernels.runtime import gl, gluon_constexpr, gluon_jit, gluon_jit_once, hopper
+
+# Triton 3.9 has other names than 3.6.
+_copy_tile = hopper and (
+    hopper.tma.async_load if hasattr(hopper.tma, "async_load") else hopper.tma.async_copy_global_to_shared
+)
+_barrier = gl and (gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier)
+
+
+def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """Describe a contiguous matrix of 16-bit elements as tiles: zeros outside of it."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], gl.NVMMASharedLayout(128, 16))
+
+
+@gluon_jit
+def _begin_dependents(PDL: gl.constexpr):
+    """As in `model.kernels.dependent`."""
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon_jit
+def _wait(PDL: gl.constexpr):
+    """As in `model.kernels.dependent`."""
+    if PDL:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon_constexpr
+def _products_layout(columns, warps):
+    """What the matrix units leave: warps share the rows of the left operand."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
+
+
+@gluon_constexpr
+def _rows_layout(rows, columns, warps, of_each=1):
+    """[rows, columns], of which threads have up to eight neighbours of a row; [rows, columns, of_each] with all of
+    the last ones in one thread."""
+    per_thread = max(1, min(8, rows * columns // (32 * warps)))
+    across = min(32, columns // per_thread)
+    if of_each == 1:
+        return gl.BlockedLayout([1, per_thread], [32 // across, across], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, per_thread, of_each], [32 // across, across, 1], [warps, 1, 1], [2, 1, 0])
+
+
+@gluon_jit
+def _request_weights(
+    weight_tiles,
+    weights,
+    ready,
+    tile,
+    column,
+    last,
+    n,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GATED: gl.constexpr,
+):
+    """Ask for a program's tile of the weight that begins at `column`, if that is below `last`."""
+    wanted = column < last
+    hopper.mbarrier.expect(ready, BLOCK_N * BLOCK_K * 2, pred=wanted)
+    if GATED:
+        HALF: gl.constexpr = BLOCK_N // 2
+        _copy_tile(weight_tiles, [tile * HALF, column], ready, weights.slice(0, HALF), pred=wanted)
+        _copy_tile(weight_tiles, [n // 2 + tile * HALF, column], ready, weights.slice(HALF, HALF), pred=wanted)
+    else:
+        _copy_tile(weight_tiles, [tile * BLOCK_N, column], ready, weights, pred=wanted)
+
+
+@gluon_jit
+def _request_rows(x_tiles, xs, ready, first_row, column, last, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Ask for a program's tile of x that begins at `column`, if that is below `last`."""
+    wanted = column < last
+    hopper.mbarrier.expect(ready, ROWS * BLOCK_K * 2, pred=wanted)
+    _copy_tile(x_tiles, [first_row, column], ready, xs, pred=wanted)
+
+
+@gluon_jit
+def _load_features(
+    pointer,  # [features]
+    feature,
+    features,
+    WANTED: gl.constexpr,
+):
+    """Load what a weight has for each feature, float32; if not WANTED return what nothing is done with."""
+    of_features = gl.full([1], 0.0, gl.float32)
+    if WANTED:
+        of_features = gl.load(pointer + feature, mask=feature < features, other=0.0).to(gl.float32)
+    return of_features
+
+
+@gluon_jit_once("rows")
+def ring_kernel(
+    x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
+    weight_tiles,  # descriptor of the weight [n, k], tiles [BLOCK_N, BLOCK_K], with GATED [BLOCK_N / 2, BLOCK_K]
+    bias_ptr,  # [n], read only with BIAS
+    squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
+    residual_ptr,  # [rows, n], read only with ADD
+    gain_ptr,  # [n], read only with ADD
+    total_ptr,  # [rows, n], written only with ADD
+    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
+    out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    partial_ptr,  # [blocks of rows, tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
+    arrivals_ptr,  # [blocks of rows, tiles] int32, zeros before and after
+    eps,
+    rows,
+    n,
+    k,
+    parts,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SPLITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+    BIAS: gl.constexpr,
+    ADD: gl.constexpr,
+    SQUARES: gl.constexpr,
+    GATED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """One program: BLOCK_N features of a block of ROWS rows, over one of SPLITS parts of the reduction.
+
+    Matrix units take 64 rows of the left operand, and as few as 8 of the right one. So x is the left one where there
+    are so many rows of it, however few features a program has, and else the weight is.
+    """
+    _begin_dependents(PDL)
+    X_LEFT: gl.constexpr = ROWS >= 64
+    FEATURES: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    LAYOUT: gl.constexpr = _rows_layout(ROWS, FEATURES, num_warps)
+    tile = gl.program_id(0)
+    first_row = gl.program_id(1) * ROWS
+    split = gl.program_id(2)
+    part = (k + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    first = split * part
+    last = gl.minimum(first + part, k)
+    weights = gl.allocate_shared_memory(weight_tiles.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_tiles.layout)
+    xs = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, ROWS, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        hopper.mbarrier.init(ready.index(stage), count=2)  # a tile of the weight, and one of x
+    for stage in gl.static_range(STAGES):
+        column = first + stage * BLOCK_K
+        _request_weights(
+            weight_tiles, weights.index(stage), ready.index(stage), tile, column, last, n, BLOCK_N, BLOCK_K, GATED
+        )
+    features = n // 2 if GATED else n
+    feature = tile * FEATURES + gl.arange(0, FEATURES, gl.SliceLayout(0, LAYOUT))
+    bias = _load_features(bias_ptr, feature, features, BIAS)
+    up_bias = _load_features(bias_ptr + features, feature, features, BIAS and GATED)
+    gain = _load_features(gain_ptr, feature, features, ADD)
+    _wait(PDL)
+
+    for stage in gl.static_range(STAGES):
+        column = first + stage * BLOCK_K
+        _request_rows(x_tiles, xs.index(stage), ready.index(stage), first_row, column, last, ROWS, BLOCK_K)
+    # What is applied to the products is on its way while they are computed.
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    inside = (row < rows)[:, None] & (feature < features)[None, :]
+    offsets = row.to(gl.int64)[:, None] * features + feature[None, :]
+    if ADD:
+        residual = gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
+    if SQUARES > 0:
+        SQUARES_LAYOUT: gl.constexpr = _rows_layout(ROWS, SQUARES, num_warps)
+        scaled = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SQUARES_LAYOUT))
+        place = gl.arange(0, SQUARES, gl.SliceLayout(0, SQUARES_LAYOUT))
+        there = (scaled < rows)[:, None] & (place < parts)[None, :]
+        squares = gl.load(squares_ptr + scaled[:, None] * parts + place[None, :], mask=there, other=0.0)
+
+    if X_LEFT:
+        products = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, _products_layout(BLOCK_N, num_warps))
+    else:
+        products = gl.full([BLOCK_N, ROWS], 0.0, gl.float32, _products_layout(ROWS, num_warps))
+    stage = 0
+    phase = 0
+    for column in range(first, last, BLOCK_K):
+        hopper.mbarrier.wait(ready.index(stage), phase)
+        weight = weights.index(stage)
+        x = xs.index(stage)
+        if X_LEFT:
+            products = hopper.warpgroup_mma(x, weight.permute((1, 0)), products, is_async=True)
+        else:
+            products = hopper.warpgroup_mma(weight, x.permute((1, 0)), products, is_async=True)
+        # With many rows the matrix units are busy: a tile's place is free when the one behind it is being multiplied.
+        products = hopper.warpgroup_mma_wait(1 if X_LEFT else 0, deps=(products,))
+        free = (stage + STAGES - 1) % STAGES if X_LEFT else stage
+        ahead = column + (STAGES - 1 if X_LEFT else STAGES) * BLOCK_K
+        if column > first or not X_LEFT:
+            _request_weights(
+                *(weight_tiles, weights.index(free), ready.index(free), tile, ahead, last, n),
+                *(BLOCK_N, BLOCK_K, GATED),
+            )
+            _request_rows(x_tiles, xs.index(free), ready.index(free), first_row, ahead, last, ROWS, BLOCK_K)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+
+    products = hopper.warpgroup_mma_wait(0, deps=(products,))
+    if not X_LEFT:
+        products = gl.permute(products, (1, 0))
+    WHOLE: gl.constexpr = _rows_layout(ROWS, BLOCK_N, num_warps)
+    total = gl.convert_layout(products, WHOLE)
+    if SPLITS > 1:
+        SIZE: gl.constexpr = ROWS * BLOCK_N
+        own = gl.arange(0, ROWS, gl.SliceLayout(1, WHOLE))[:, None] * BLOCK_N
+        own += gl.arange(0, BLOCK_N, gl.SliceLayout(0, WHOLE))[None, :]
+        unit = gl.program_id(1) * gl.num_programs(0) + tile
+        gl.store(partial_ptr + (unit * SPLITS + split) * SIZE + own, total)
+        _barrier()  # every thread's part is stored before one of them tells so
+        if gl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        gl.store(arrivals_ptr + unit, 0)
+        total = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, WHOLE)
+        for other in gl.static_range(SPLITS):
+            # Past the L1 cache, which does not see what other multiprocessors write.
+            total += gl.load(partial_ptr + (unit * SPLITS + other) * SIZE + own, cache_modifier=".cg")
+
+    ups = total
+    if GATED:
+        pairs = gl.permute(gl.reshape(total, [ROWS, 2, FEATURES]), (0, 2, 1))
+        total, ups = gl.split(gl.convert_layout(pairs, _rows_layout(ROWS, FEATURES, num_warps, 2)))
+        total, ups = gl.convert_layout(total, LAYOUT), gl.convert_layout(ups, LAYOUT)
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    if SQUARES > 0:
+        scale = gl.convert_layout(gl.rsqrt(gl.sum(squares, axis=1) / k + eps), gl.SliceLayout(1, LAYOUT))[:, None]
+        total *= scale
+        ups *= scale
+    if BIAS:
+        total += bias[None, :]
+        if GATED:
+            ups += up_bias[None, :]
+    if GATED:
+        gate = total.to(dtype).to(gl.float32)
+        total = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32) * ups.to(dtype).to(gl.float32)
+    if ADD:
+        rounded = (total + residual).to(dtype)
+        gl.store(total_ptr + offsets, rounded, mask=inside)
+        total = rounded.to(gl.float32)
+        own_squares = own_squares_ptr + row * gl.num_programs(0) + tile
+        gl.store(own_squares, gl.sum(total * total, axis=1), mask=row < rows)
+        total *= gain[None, :]
+    gl.store(out_ptr + offsets, total.to(dtype), mask=inside)
