@@ -18,12 +18,12 @@ from worker.plan import ADMISSION, NO_ADMISSION, StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
 
 _DECODE_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64))
-_MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_MIXED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
 _FEW_ROWS = 8
 _MAX_ADMISSIONS = 16
 _ADMISSION_WORDS = ADMISSION.itemsize // 4
-_LAUNCH_BOUND_FLOPS = 1e13
-"""A step of more takes the device longer (some 15 ms) than the host takes to launch it: padding it would be a waste."""
+_LAUNCH_BOUND_FLOPS = 2e13
+"""A step of more takes the device longer (some 30 ms) than the host takes to launch it: padding it would be a waste."""
 
 
 class StepWords(NamedTuple):

@@ -208,7 +208,7 @@ def test_attention(
 @pytest.mark.parametrize("programs", [1, 8, 1000])
 def test_decode_does_not_depend_on_how_keys_are_split(triton_device: torch.device, programs: int) -> None:
     batch = make_batch(DECODE_ROWS, device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64, max_whole=0))
+    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64, max_whole=0, max_programs=programs))
     assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (programs > 1)
     first = attend(batch, plan)
     check(first, batch)
