@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.prefill_attention import QUERIES, overlapped_prefill, overlaps
 from model.kernels.rope_kv import Projected
-from model.kernels.runtime import is_hopper, jit, jit_once, tl, triton, use_triton, wanted
+from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
 _MERGED = 8  # splits whose results a merge loads at a time
@@ -226,29 +227,21 @@ def paged_attention_triton(
     out = torch.empty_like(q) if out is None else out
     _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)
     if plan.tiles.rows.shape[0]:
+        lists = (block_tables, query_starts, kv_lens, plan.tiles.rows, plan.tiles.firsts)
         shape = _shape_of(out, key_cache)
-        launch = _prefill_tiles(q.dtype)
-        key_tiles, value_tiles = key_cache, value_cache
-        descriptors = _takes_descriptors(q, launch["TILE"], shape)
-        if descriptors:
-            key_tiles, value_tiles = (_tiles_of(cache, launch["TILE"]) for cache in (key_cache, value_cache))
+        if overlaps(q, key_cache):
+            overlapped_prefill(q, key_cache, value_cache, *lists, out, scale / math.log(2))
+            return out
         _prefill_kernel[(heads, plan.tiles.rows.shape[0])](
             q,
             key_cache,
             value_cache,
-            key_tiles,
-            value_tiles,
-            block_tables,
-            query_starts,
-            kv_lens,
-            plan.tiles.rows,
-            plan.tiles.firsts,
+            *lists,
             out,
             scale / math.log(2),
             block_tables.stride(0),
-            DESCRIPTORS=descriptors,
             **shape,
-            **launch,
+            **_prefill_tiles(q.dtype),
         )
     return out
 
@@ -335,32 +328,10 @@ def _decode_launch(dtype: torch.dtype) -> dict[str, Any]:
     return {"num_warps": 4, "num_stages": 3 if dtype.itemsize == 2 else 2}
 
 
-def _takes_descriptors(q: torch.Tensor, tile: int, shape: dict[str, int]) -> bool:
-    """Tell whether a Hopper's tensor memory accelerator fetches the tiles of keys, or Triton's interpreter acts it.
-
-    A tile must then lie in one block, and a head fill what the kernel takes for one.
-    """
-    fits = shape["BLOCK_SIZE"] % tile == 0 and shape["HEAD_DIM"] == shape["HEAD_BLOCK"] and q.dtype.itemsize == 2
-    return fits and wanted("tensor_descriptors") and (is_hopper(q.device) or not q.is_cuda)
-
-
-def _tiles_of(cache: torch.Tensor, tile: int) -> Any:
-    """Describe a cache [num_blocks, block_size, kv_heads, head_dim] as tiles of so many keys of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    num_blocks, block_size, kv_heads, head_dim = cache.shape
-    width = kv_heads * head_dim
-    return TensorDescriptor(cache, [num_blocks * block_size, width], [width, 1], [tile, head_dim])
-
-
 def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
-    """Return the tiles for 16 bits on the matrix units, or for float32, which has none and must fit in registers.
-
-    Measured for 16 bits on an H100 (docs/performance.md): what is faster at 4 prompts of 4,096 tokens, by 5 % at most,
-    is slower by 11 % or more at one of 1,024.
-    """
+    """Return the tiles for 16 bits on the matrix units, or for float32, which has none and must fit in registers."""
     if dtype.itemsize == 2:
-        return {"QUERIES": 64, "TILE": 64, "num_warps": 4, "num_stages": 2}
+        return {"QUERIES": QUERIES, "TILE": 64, "num_warps": 4, "num_stages": 2}
     return {"QUERIES": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 
@@ -738,8 +709,6 @@ def _prefill_kernel(
     q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
     value_ptr,  # same
-    key_tiles,  # with DESCRIPTORS: descriptors of the same, as [cache rows, KV_HEADS * HEAD_DIM] in tiles of TILE keys
-    value_tiles,  # of one head
     tables_ptr,  # [rows, table_stride] int32
     query_starts_ptr,  # [rows + 1] int32
     kv_lens_ptr,  # [rows] int32
@@ -755,9 +724,11 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
-    """One program: QUERIES queries of one head of one row, over all the keys they see."""
+    """One program: QUERIES queries of one head of one row, over all the keys they see.
+
+    For what `model.kernels.prefill_attention` does not take.
+    """
     head = tl.program_id(0)
     tile = tl.program_id(1)
     row = tl.load(tile_rows_ptr + tile).to(tl.int64)
@@ -784,13 +755,12 @@ def _prefill_kernel(
     table_ptr = tables_ptr + row * table_stride
     kv_head = head // GROUP
     acc, total, highest = _attend(
-        q, acc, total, highest, key_ptr, value_ptr, key_tiles, value_tiles, table_ptr, kv_head, scale, 0, seen_by_all,
-        kv_len, first_position, False, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE, DESCRIPTORS,
+        q, acc, total, highest, key_ptr, value_ptr, table_ptr, kv_head, scale, 0, seen_by_all, kv_len, first_position,
+        False, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE,
     )  # fmt: skip
     acc, total, highest = _attend(
-        q, acc, total, highest, key_ptr, value_ptr, key_tiles, value_tiles, table_ptr, kv_head, scale, seen_by_all,
-        seen_by_any, kv_len, first_position, True, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE,
-        DESCRIPTORS,
+        q, acc, total, highest, key_ptr, value_ptr, table_ptr, kv_head, scale, seen_by_all, seen_by_any, kv_len,
+        first_position, True, KV_HEADS, HEAD_DIM, HEAD_BLOCK, BLOCK_SIZE, QUERIES, TILE,
     )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + q_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -804,8 +774,6 @@ def _attend(
     highest,  # [QUERIES] float32
     key_ptr,
     value_ptr,
-    key_tiles,
-    value_tiles,
     table_ptr,
     kv_head,
     scale,
@@ -820,7 +788,6 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     """Go on with the online softmax over keys begin .. end - 1; without MASKED, every query sees all of them."""
     column = tl.arange(0, HEAD_BLOCK)
@@ -829,11 +796,7 @@ def _attend(
         position = start + tl.arange(0, TILE)
         cache_rows = _cache_rows(table_ptr, start, kv_len, BLOCK_SIZE, TILE)
         offsets = (cache_rows * KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
-        if DESCRIPTORS and not MASKED:
-            cache_row = tl.load(table_ptr + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
-            keys = key_tiles.load([cache_row, kv_head * HEAD_DIM])
-            values = value_tiles.load([cache_row, kv_head * HEAD_DIM])
-        elif MASKED:
+        if MASKED:
             mask = (position < end)[:, None] & in_head[None, :]
             keys = tl.load(key_ptr + offsets, mask=mask, other=0.0)
             values = tl.load(value_ptr + offsets, mask=mask, other=0.0)

@@ -14,24 +14,8 @@ and a barrier in shared memory tells when the bytes of both tiles have arrived.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from model.kernels.runtime import gl, gluon_constexpr, gluon_jit, gluon_jit_once, hopper
-
-# Triton 3.9 has other names than 3.6.
-_copy_tile = hopper and (
-    hopper.tma.async_load if hasattr(hopper.tma, "async_load") else hopper.tma.async_copy_global_to_shared
-)
-_barrier = gl and (gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier)
-
-
-def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
-    """Describe a contiguous matrix of 16-bit elements as tiles: zeros outside of it."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], gl.NVMMASharedLayout(128, 16))
+from model.kernels.tiles import copy_tile, products_layout, thread_barrier
 
 
 @gluon_jit
@@ -48,12 +32,6 @@ def _wait(PDL: gl.constexpr):
     """As in `model.kernels.dependent`."""
     if PDL:
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon_constexpr
-def _products_layout(columns, warps):
-    """What the matrix units leave: warps share the rows of the left operand."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
 
 
 @gluon_constexpr
@@ -85,10 +63,10 @@ def _request_weights(
     hopper.mbarrier.expect(ready, BLOCK_N * BLOCK_K * 2, pred=wanted)
     if GATED:
         HALF: gl.constexpr = BLOCK_N // 2
-        _copy_tile(weight_tiles, [tile * HALF, column], ready, weights.slice(0, HALF), pred=wanted)
-        _copy_tile(weight_tiles, [n // 2 + tile * HALF, column], ready, weights.slice(HALF, HALF), pred=wanted)
+        copy_tile(weight_tiles, [tile * HALF, column], ready, weights.slice(0, HALF), pred=wanted)
+        copy_tile(weight_tiles, [n // 2 + tile * HALF, column], ready, weights.slice(HALF, HALF), pred=wanted)
     else:
-        _copy_tile(weight_tiles, [tile * BLOCK_N, column], ready, weights, pred=wanted)
+        copy_tile(weight_tiles, [tile * BLOCK_N, column], ready, weights, pred=wanted)
 
 
 @gluon_jit
@@ -96,7 +74,7 @@ def _request_rows(x_tiles, xs, ready, first_row, column, last, ROWS: gl.constexp
     """Ask for a program's tile of x that begins at `column`, if that is below `last`."""
     wanted = column < last
     hopper.mbarrier.expect(ready, ROWS * BLOCK_K * 2, pred=wanted)
-    _copy_tile(x_tiles, [first_row, column], ready, xs, pred=wanted)
+    copy_tile(x_tiles, [first_row, column], ready, xs, pred=wanted)
 
 
 @gluon_jit
@@ -192,9 +170,9 @@ def ring_kernel(
         squares = gl.load(squares_ptr + scaled[:, None] * parts + place[None, :], mask=there, other=0.0)
 
     if X_LEFT:
-        products = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, _products_layout(BLOCK_N, num_warps))
+        products = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, products_layout(BLOCK_N, num_warps))
     else:
-        products = gl.full([BLOCK_N, ROWS], 0.0, gl.float32, _products_layout(ROWS, num_warps))
+        products = gl.full([BLOCK_N, ROWS], 0.0, gl.float32, products_layout(ROWS, num_warps))
     stage = 0
     phase = 0
     for column in range(first, last, BLOCK_K):
@@ -231,7 +209,7 @@ def ring_kernel(
         own += gl.arange(0, BLOCK_N, gl.SliceLayout(0, WHOLE))[None, :]
         unit = gl.program_id(1) * gl.num_programs(0) + tile
         gl.store(partial_ptr + (unit * SPLITS + split) * SIZE + own, total)
-        _barrier()  # every thread's part is stored before one of them tells so
+        thread_barrier()  # every thread's part is stored before one of them tells so
         if gl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") != SPLITS - 1:
             return
         gl.store(arrivals_ptr + unit, 0)

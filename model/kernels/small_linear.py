@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
-from model.kernels.ring_linear import ring_kernel, tiles_of
+from model.kernels.ring_linear import ring_kernel
 from model.kernels.runtime import jit, jit_once, tl, triton
+from model.kernels.tiles import tiles_of
 
 _MAX_SPLIT_UNITS = 4096
 

@@ -24,7 +24,6 @@ ALWAYS = {
     "_enter_blocks_kernel",
     "_plan_kernel",
     "_peer_sum_kernel",
-    "_prefill_kernel",
     "_prepare_kernel",
     "_qk_norm_rope_store_kernel",
     "_retire_kernel",
@@ -33,6 +32,8 @@ ALWAYS = {
     "_silu_and_mul_kernel",
 }
 SMALL_LINEAR = {"_fma_kernel", "ring_kernel"}
+PREFILL = {"prefill_kernel"}  # in Gluon
+PREFILL_ELSEWHERE = {"_prefill_kernel"}
 DEPENDENT = SMALL_LINEAR | {
     "_qk_norm_rope_store_kernel",
     "_rms_norm_kernel",
@@ -60,11 +61,11 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("dtype", "without", "others"),
     [
-        ("bfloat16", "", SMALL_LINEAR),
-        ("float32", "", set()),
-        ("bfloat16", "pdl", SMALL_LINEAR),
-        ("bfloat16", "tensor_descriptors", {"_fma_kernel"}),
-        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", set()),
+        ("bfloat16", "", SMALL_LINEAR | PREFILL),
+        ("float32", "", PREFILL_ELSEWHERE),
+        ("bfloat16", "pdl", SMALL_LINEAR | PREFILL),
+        ("bfloat16", "tensor_descriptors", {"_fma_kernel"} | PREFILL_ELSEWHERE),
+        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", PREFILL_ELSEWHERE),
     ],
 )
 def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, others: set[str]) -> None:

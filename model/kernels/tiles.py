@@ -1,0 +1,29 @@
+"""What kernels in Gluon share: tiles that a tensor memory accelerator brings, and what matrix units leave."""
+
+# mypy: allow-untyped-defs
+# (As in the other kernel modules.)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model.kernels.runtime import gl, gluon_constexpr, hopper
+
+# Triton 3.9 has other names than 3.6.
+copy_tile: Any = hopper and getattr(hopper.tma, "async_load", hopper.tma.async_copy_global_to_shared)
+thread_barrier: Any = gl and getattr(gl, "barrier", getattr(gl, "thread_barrier", None))
+
+
+def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """Describe a contiguous matrix of 16-bit elements as tiles, of a multiple of 64 columns: zeros outside of it."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], gl.NVMMASharedLayout(128, 16))
+
+
+@gluon_constexpr
+def products_layout(columns, warps):
+    """Return which thread has which sum of products: warps share the rows of the left operand."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
