@@ -173,8 +173,8 @@ SHAPES = [
     (6, 2, 48, 256),
     *([(32, 8, 128, 16), (2, 2, 128, 64), (16, 8, 128, 256), (40, 8, 128, 128), (64, 8, 128, 64)] if ON_GPU else []),
 ]
-# Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there. Heads of 128 in 16 bits, in blocks
-# of 64 or its multiples, are another kernel's on a Hopper; it takes two heads at a time, and groups may be odd.
+# Triton's interpreter multiplies no bfloat16 matrices: float16 stands in for it there. Heads of 128 in 16 bits, in
+# blocks of 64 or its multiples, are another kernel's on a Hopper; it takes two heads at a time, and groups may be odd.
 CASES = [(shape, torch.float32) for shape in SHAPES]
 CASES += [
     (shape, torch.bfloat16 if ON_GPU else torch.float16)
@@ -322,16 +322,18 @@ def test_prefill_in_chunks_is_prefill_in_one(triton_device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("without", ["", "tensor_descriptors"])
-def test_prefill_by_descriptors(triton_device: torch.device, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that every query sees come by descriptors: of short rows none, of long ones most."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16], ids=str)
+def test_prefill_with_and_without_descriptors(
+    triton_device: torch.device, dtype: torch.dtype, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of a chunk begin anywhere, and so do the keys that only some of them see."""
     monkeypatch.setenv("LIGHTQWEN_WITHOUT", without)
-    described = Mock(wraps=attention._tiles_of)
-    monkeypatch.setattr(attention, "_tiles_of", described)
-    rows = [*MIXED_ROWS, (20, 300), (40, 130), (130, 270)]
-    dtype = torch.bfloat16 if ON_GPU else torch.float16
-    batch = make_batch(rows, heads=4, kv_heads=2, head_dim=64, block_size=128, dtype=dtype, device=triton_device)
+    overlapped = Mock(wraps=attention.overlapped_prefill)
+    monkeypatch.setattr(attention, "overlapped_prefill", overlapped)
+    rows = [*MIXED_ROWS, (20, 300), (40, 130), (130, 270), *([(64, 129), (65, 128), (200, 1000)] if ON_GPU else [])]
+    batch = make_batch(rows, heads=4, kv_heads=2, head_dim=128, block_size=64, dtype=dtype, device=triton_device)
     check(attend(batch), batch)
-    assert described.called == (not without and (not ON_GPU or is_hopper(triton_device)))
+    assert overlapped.called == (not without and is_hopper(triton_device))
 
 
 @pytest.mark.parametrize("decodes", [0, 2, 4])
@@ -366,7 +368,8 @@ def test_dispatch_takes_the_reference_on_cpu() -> None:
 @pytest.mark.gpu
 def test_attention_in_a_cuda_graph(triton_device: torch.device) -> None:
     """Lengths that change between replays are followed, and dead rows stay zero."""
-    batch = make_batch(MIXED_ROWS, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=triton_device)
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 64}
+    batch = make_batch(MIXED_ROWS, **shape, dtype=torch.bfloat16, device=triton_device)
     lens = batch.kv_lens.clone()
     attend(batch)
     graph = torch.cuda.CUDAGraph()
