@@ -27,11 +27,11 @@ from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_no
 MAX_PEER_BYTES = 1 << 20
 """What a rank reads from all others in one shot at most. Larger tensors are summed in two.
 
-Measured with two ranks only, on H200s. Alone, with the norm, one shot is 2 us faster up to 4 MiB, two shots are at 5, and
-from 8 MiB on they are the same to 3 %. (Both move as many bytes between two ranks.) In steps it did not pay: with one
-shot up to 4 MiB, 256 rows of 8B (2 MiB) took as long as with up to 1, and those of 32B (2.5 MiB) 20.0 ms instead of 18.4.
-With more ranks a rank reads more for the same tensor in one shot, and hardly more in two; that they take smaller tensors
-in one is reckoned from that. `python -m bench.all_reduce` measures it.
+Measured with two ranks only, on H200s. Alone, with the norm, one shot is 2 us faster up to 4 MiB, two shots are at 5,
+and from 8 MiB on they are the same to 3 %. (Both move as many bytes between two ranks.) In steps it did not pay: with
+one shot up to 4 MiB, 256 rows of 8B (2 MiB) took as long as with up to 1, and those of 32B (2.5 MiB) 20.0 ms instead of
+18.4. With more ranks a rank reads more for the same tensor in one shot, and hardly more in two; that they take smaller
+tensors in one is reckoned from that. `python -m bench.all_reduce` measures it.
 """
 
 MAX_TWO_SHOT_BYTES = 20 << 20

@@ -13,7 +13,7 @@ from model.kernels import packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.dependent import dependent_launch
 from model.kernels.norm import Normed, add_rms_norm
-from model.kernels.runtime import is_hopper, use_triton, wanted
+from model.kernels.runtime import fetches_tiles, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import tiling_for
 
@@ -71,7 +71,7 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Ti
         return None
     rows, (n, k) = x.shape[0], weight.shape
     tiling = tiling_for(rows, n, k, gated=gated)
-    if tiling is not None and tiling.form == "ring" and not (is_hopper(x.device) and wanted("tensor_descriptors")):
+    if tiling is not None and tiling.form == "ring" and not fetches_tiles(x.device):
         return None
     return tiling
 

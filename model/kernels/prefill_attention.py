@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from model.kernels.runtime import constexpr, gl, gluon_jit, gluon_jit_once, hopper, is_hopper, triton, wanted
+from model.kernels.runtime import constexpr, fetches_tiles, gl, gluon_jit, gluon_jit_once, hopper, triton
 from model.kernels.tiles import copy_tile, products_layout, tiles_of
 
 QUERIES = 64
@@ -28,7 +28,7 @@ _FETCHED = constexpr(64)  # keys that are fetched at a time: they lie in one blo
 def overlaps(q: torch.Tensor, key_cache: torch.Tensor) -> bool:
     """Tell whether `overlapped_prefill` takes these; the arguments are those of `paged_attention`."""
     fits = q.shape[2] == _HEAD_DIM and key_cache.shape[1] % 64 == 0 and q.dtype.itemsize == 2
-    return fits and is_hopper(q.device) and wanted("tensor_descriptors")
+    return fits and fetches_tiles(q.device)
 
 
 def overlapped_prefill(
@@ -85,7 +85,7 @@ def _fetch(
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """Ask for the keys, or values, from `start` on; for those from `kv_len` on, whatever the first block has."""
+    """Ask for the keys, or values, from `start` on. What comes for those from `kv_len` on may be anything."""
     hopper.mbarrier.expect(ready, TILE * HEAD_DIM * 2)
     for part in gl.static_range(TILE // _FETCHED):
         key = start + part * _FETCHED
@@ -162,7 +162,7 @@ def _attend(
     STAGES: gl.constexpr,
 ):
     """What the other groups of warps do: QUERIES queries of one head, over all the keys they see."""
-    first_token, first_query, first_position, kv_len, end, num_tiles = place
+    first_token, first_query, first_position, end, num_tiles = place
     keys, values = memories
     keys_ready, values_ready, keys_free, values_free = barriers
     SCORES: gl.constexpr = products_layout(TILE, 4)
@@ -217,10 +217,11 @@ def _attend(
             weights = new_weights
         hopper.mbarrier.wait(values_ready.index(stage), phase)
         last = values.index(stage)
-        if num_tiles * TILE > kv_len:
-            # What lies behind the last value may be anything, and 0 times that not 0. (The other head does the same.)
+        if num_tiles * TILE > end:
+            # What nobody sees may be anything, and 0 times that not 0. (The other head, which may be reading, writes
+            # the same: what is there, or the zeros that both need. Nothing is fetched into this place any more.)
             key = (num_tiles - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, MEMORY))
-            last.store(gl.where((key < kv_len)[:, None], last.load(MEMORY), 0.0))
+            last.store(gl.where((key < end)[:, None], last.load(MEMORY), 0.0))
             hopper.fence_async_shared()
         acc = hopper.warpgroup_mma(weights, last, acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
@@ -286,7 +287,7 @@ def prefill_kernel(
         hopper.mbarrier.init(values_free.index(stage), count=2)
     memories = (keys, values)
     barriers = (keys_ready, values_ready, keys_free, values_free)
-    place = (first_token, first_query, first_position, kv_len, end, num_tiles)
+    place = (first_token, first_query, first_position, end, num_tiles)
     gl.warp_specialize(
         [
             (

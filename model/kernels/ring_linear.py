@@ -3,8 +3,8 @@
 What a launch computes is told in `model.kernels.small_linear`. A step of few rows is bound by reading weights, and the
 memory must not idle while one launch ends and the next begins. So a program holds a ring of tiles in shared memory, and
 fills it with weights before it waits for the launch before it; only then it asks for the tiles of x. A tile is asked
-for as soon as the one before it in the same place has been multiplied. Tensor descriptors fetch them: one thread asks,
-and a barrier in shared memory tells when the bytes of both tiles have arrived.
+for as soon as the one before it in the same place has been multiplied. Tensor descriptors fetch them, and a barrier in
+shared memory tells when the bytes of both tiles have arrived.
 
 (Triton's own pipelining cannot do so: it would ask for the tiles of x and of the weight together.)
 """

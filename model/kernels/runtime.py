@@ -22,14 +22,18 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 try:
     import triton
     import triton.language as tl
+except ModuleNotFoundError:
+    triton = tl = None
+try:  # it is called experimental
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
-except ModuleNotFoundError:
-    triton = tl = gluon = gl = hopper = None
+except ImportError:
+    gluon = gl = hopper = None
 
 __all__ = [
     "constexpr",
+    "fetches_tiles",
     "gl",
     "gluon_constexpr",
     "gluon_jit",
@@ -133,3 +137,8 @@ def use_triton(x: torch.Tensor) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """Tell whether `device` is a GPU of the generation (compute capability 9) that the project measures on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def fetches_tiles(device: torch.device) -> bool:
+    """Tell whether kernels in Gluon, for which a tensor memory accelerator fetches tiles, can run and are wanted."""
+    return is_hopper(device) and gluon is not None and wanted("tensor_descriptors")

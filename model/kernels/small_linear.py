@@ -9,7 +9,7 @@ row the sum of the squares of its totals. Whoever multiplies total * gain next a
 products are computed, and multiplies them by 1 / rms (`model.kernels.norm.Scale`). Each partial sum has a place of its
 own, and they are added in a fixed order.
 
-There are two kernels. *fma* (1, 2 or 4 rows) multiplies in registers: a program owns a few weight rows, and holds
+There are two kernels. *fma* (1 or 2 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *ring* (`model.kernels.ring_linear`) multiplies on the matrix units of a Hopper, up to
 any number of rows.
 
@@ -50,7 +50,7 @@ _MAX_SPLIT_UNITS = 4096
 class Tiling:
     """How a launch is cut into programs.
 
-    A launch takes up to `rows` rows: 1, 2 or 4 of fma. A tile is `block_n` weight rows (of a gated layer half of them
+    A launch takes up to `rows` rows: 1 or 2 of fma. A tile is `block_n` weight rows (of a gated layer half of them
     gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for each of its `warps`, so that a
     thread has the same eight columns of all rows. `stages` tiles are under way at a time, in registers (fma) or in
     shared memory (ring). `splits` programs share the reduction of the same features, the last of which to arrive adds
@@ -70,6 +70,7 @@ class Tiling:
     def __post_init__(self) -> None:
         if self.form == "fma":
             assert self.block_k == 256 * self.warps, "a thread of fma has eight columns of a tile"
+            assert self.rows <= 2, "fma has one or two rows"
         else:
             assert max(self.block_rows, self.block_n) >= 64, "the left operand of ring has 64 rows or more"
             assert self.stages >= 2, "a ring has two places or more"
@@ -440,12 +441,7 @@ def _reduce(
     ROWS: tl.constexpr,
 ):
     """Sum over the columns of all rows at once: [N, ROWS]."""
-    if ROWS == 1:
-        joined = parts[0]
-    elif ROWS == 2:
-        joined = tl.join(parts[0], parts[1])
-    else:
-        joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    joined = parts[0] if ROWS == 1 else tl.join(parts[0], parts[1])
     return tl.reshape(tl.sum(joined, axis=1), (N, ROWS))
 
 

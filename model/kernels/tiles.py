@@ -12,7 +12,7 @@ import torch
 from model.kernels.runtime import gl, gluon_constexpr, hopper
 
 # Triton 3.9 has other names than 3.6.
-copy_tile: Any = hopper and getattr(hopper.tma, "async_load", hopper.tma.async_copy_global_to_shared)
+copy_tile: Any = hopper and (getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared)
 thread_barrier: Any = gl and getattr(gl, "barrier", getattr(gl, "thread_barrier", None))
 
 

@@ -59,7 +59,6 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(64, 4096, 2048): Tiling("ring", 64, 64, 128, 4, 1, 6, 64),  # 8B/2 o: 5.9, else 6.5
         Work(2, 12288, 4096, gated=True): Tiling("fma", 2, 4, 1024, 4, 1, 4),  # 8B/2 gate_up: 24.3, else 25.2
         Work(64, 12288, 4096, gated=True): Tiling("ring", 64, 64, 128, 4, 1, 6, 64),  # 8B/2 gate_up: 29.0, else 36.7
-        Work(2, 5120, 5120): Tiling("fma", 2, 2, 2048, 8, 1, 3),  # 32B/2 qkv: 14.3, else 15.3
         Work(8, 5120, 5120): Tiling("ring", 8, 64, 128, 4, 1, 5, 8),  # 32B/2 qkv: 14.5, else 15.4
         Work(16, 5120, 5120): Tiling("ring", 16, 64, 128, 4, 1, 5, 16),  # 32B/2 qkv: 14.8, else 16.2
         Work(32, 5120, 5120): None,  # 32B/2 qkv: 15.7, else 17.2
@@ -82,8 +81,8 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
 )
 """None where separate kernels are faster.
 
-Measured on an H200 with what stands around the layers. The comments tell what a launch takes, and what it takes without
-the entry, in microseconds (docs/performance.md).
+Measured on an H200 with what stands around the layers. The comments tell for which layer (others may have the same
+size), what a launch takes, and what it takes without the entry, in microseconds (docs/performance.md).
 """
 
 
@@ -131,7 +130,7 @@ def _narrow_tiling(work: Work) -> Tiling:
     """Give a program 64 weight rows, and split the reduction where too many of a Hopper's 132 multiprocessors would
     have none."""
     splits = 1
-    while work.n // 64 * splits < 64 and 4 * splits * 256 <= work.k:
+    while work.n // 64 * splits < 64 and 4 * splits * 256 <= work.k and work.k % (2 * splits * 256) == 0:
         splits *= 2
     return _ring_tiling(work, max(8, work.rows), 64, 256 if work.n // 64 <= 132 else 128, splits)
 

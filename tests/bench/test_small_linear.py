@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from bench.shapes import SIZES
+from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling
-from model.kernels.tilings import Work, default_tiling
+from model.kernels.tilings import Work, default_tiling, tiling_for
+from tests.model.kernels.test_compiling import SHARED_BYTES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -50,10 +54,26 @@ def test_entries_are_what_the_table_lacks(us: float, us_by_default: float, expec
     assert dict(zip(keys, map(value, statement.value.values), strict=True)) == expected
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
+    """In shared memory, whether the model uses it or the sweep tries it; and squares in the registers of a thread."""
+    for layer, rows in product(layers_of(f"{size}/{ranks}", tmp_path), ROW_CLASSES):
+        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated)
+        for tiling in [used, *(variant.tiling for variant in variants_for(layer, rows))]:
+            if tiling is not None and tiling.form == "ring":
+                tile_bytes = 2 * (tiling.block_rows + tiling.block_n) * tiling.block_k
+                assert tiling.stages * (tile_bytes + 16) <= SHARED_BYTES, tiling
+        if used is not None and used.form == "ring" and layer.scaled:
+            squares = used.block_rows * triton.next_power_of_2(layer.parts(rows))
+            assert squares // (32 * used.warps) <= 64, (layer, used)
+
+
 @pytest.mark.parametrize("rows", ROW_CLASSES)
 @pytest.mark.parametrize("model", ["0.6B", "32B/2"])
 def test_every_layer_has_variants_that_take_its_rows(tmp_path: Path, model: str, rows: int) -> None:
     for layer in layers_of(model, tmp_path):
-        variants = variants_for(layer, rows)
-        assert len(variants) == len(set(variants)) > 1
-        assert all(variant.tiling.rows >= rows for variant in variants)
+        tilings = [variant.tiling for variant in variants_for(layer, rows)]
+        assert len(tilings) > 2
+        assert "ring" in {tiling.form for tiling in tilings}
+        assert all(rows <= tiling.rows for tiling in tilings)

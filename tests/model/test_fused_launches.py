@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import ModelError
-from model.kernels import linear
+from model.kernels import linear, runtime
 from model.kernels.small_linear import small_linear_add_norm_triton, small_linear_triton
 from model.qwen3 import Qwen3ForCausalLM
 from tests.model.helpers import (
@@ -104,7 +104,7 @@ def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIGHTQWEN_WITHOUT", raising=False)
     assert form(torch.bfloat16, rows=2) == "fma"
     assert form(torch.bfloat16, rows=3) is None, "a kernel for Hopper"
-    monkeypatch.setattr(linear, "is_hopper", lambda device: True)
+    monkeypatch.setattr(runtime, "is_hopper", lambda device: True)
     assert form(torch.bfloat16) == "fma"
     assert form(torch.bfloat16, rows=3) == "ring"
     assert form(torch.bfloat16, rows=64) == "ring"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 ON_GPU = torch.cuda.is_available()
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2 if ON_GPU else 2e-2}
 """Relative error against the exact result that a kernel may show, by the dtype of its inputs and outputs."""

@@ -68,8 +68,8 @@ def make_batch(
     """Lay out rows of (queries, kv_len) over blocks in random order."""
     scale = head_dim**-0.5
     needed = [-(-kv_len // block_size) for _, kv_len in rows]
-    blocks = torch.randperm(sum(needed) + 3).tolist()
-    shape = (len(blocks), block_size, kv_heads, head_dim)
+    blocks = (1 + torch.randperm(sum(needed) + 2)).tolist()  # nobody has block 0, which stands for none in kernels
+    shape = (len(blocks) + 1, block_size, kv_heads, head_dim)
     key_cache, value_cache = (poisoned(*shape, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
     block_tables = torch.full((len(rows), max(needed) + 2), 2**30, dtype=torch.int32)
     q = torch.randn(sum(queries for queries, _ in rows), heads, head_dim).to(dtype)
