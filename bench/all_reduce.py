@@ -1,6 +1,6 @@
 """How long an all-reduce takes on the GPUs of one machine: `python -m bench.all_reduce --json out.json`.
 
-NCCL against our own kernel (`model/one_shot.py`), in one shot and in two, with the residual addition and the norm that
+NCCL against our own kernel (`model/peer_sums.py`), in one shot and in two, with the residual addition and the norm that
 a layer has behind it (for NCCL, in a kernel of their own) and, but for two shots, without; and PyTorch's one-shot and
 two-shot kernels. Each is captured in a CUDA graph, many calls in a row, and timed by events around replays: the median
 per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width, from how
@@ -28,7 +28,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from bench.provenance import json_file, provenance
 from model.kernels.norm import add_rms_norm, rms_norm_torch
-from model.one_shot import Limits, OneShotAllReduce, Place, obstacle
+from model.peer_sums import Limits, PeerSums, Place, obstacle
 
 ROWS = (1, 8, 64, 128, 256, 512, 1024, 2048)
 WIDTHS = (4096, 5120)  # hidden sizes of 8B, and of 14B and 32B
@@ -60,8 +60,8 @@ class Memory:
 
     def __init__(self, group: dist.ProcessGroup, *, numel: int, device: torch.device) -> None:
         self.group = group
-        self.one_shot = OneShotAllReduce(group, Limits(numel, 0), dtype=DTYPE, device=device)
-        self.two_shot = OneShotAllReduce(group, Limits(0, numel), dtype=DTYPE, device=device)
+        self.one_shot = PeerSums(group, Limits(numel, 0), dtype=DTYPE, device=device)
+        self.two_shot = PeerSums(group, Limits(0, numel), dtype=DTYPE, device=device)
         self.torchs = symmetric_memory.empty((numel,), dtype=DTYPE, device=device)
         symmetric_memory.rendezvous(self.torchs, group)
 
@@ -106,14 +106,14 @@ class Sums:
                 return torch.ops.symm_mem.two_shot_all_reduce_out(self._torchs, "sum", group.group_name, self._out)
         raise AssertionError(f"there is no kind {kind}")
 
-    def _with_norm(self, all_reduce: OneShotAllReduce) -> torch.Tensor:
+    def _with_norm(self, all_reduce: PeerSums) -> torch.Tensor:
         place = next(self._places)
         summand = self._room(all_reduce, place)
         done = all_reduce.sum_add_rms_norm(summand, place, self._residual, self._weight, EPS)
         assert done is not None
         return done[0]
 
-    def _room(self, all_reduce: OneShotAllReduce, place: Place) -> torch.Tensor:
+    def _room(self, all_reduce: PeerSums, place: Place) -> torch.Tensor:
         room = all_reduce.room(self._nccl.shape, DTYPE, place)
         assert room is not None
         return room

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from model.kernels.norm import add_rms_norm
-from model.one_shot import OneShotAllReduce, Place
+from model.peer_sums import PeerSums, Place
 
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -18,13 +18,13 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class TensorParallel:
     """This rank's place among `size` ranks. `group` is None exactly when size is 1 (nothing to talk to).
 
-    `one_shot`, where all ranks have it, sums all but very large tensors faster than the group does.
+    `peer_sums`, where all ranks have it, sums all but very large tensors faster than the group does.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    one_shot: OneShotAllReduce | None = None
+    peer_sums: PeerSums | None = None
 
     @classmethod
     def single(cls) -> TensorParallel:
@@ -32,7 +32,7 @@ class TensorParallel:
 
     def room_for_summand(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> torch.Tensor | None:
         """Where a sum would have its next argument [rows, width] written, to save a copy; None: it does not mind."""
-        return None if self.one_shot is None else self.one_shot.room(shape, dtype, place)
+        return None if self.peer_sums is None else self.peer_sums.room(shape, dtype, place)
 
     def all_reduce(self, x: torch.Tensor, place: Place) -> torch.Tensor:
         """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up.
@@ -41,7 +41,7 @@ class TensorParallel:
         """
         if self.group is None:
             return x
-        if self.one_shot is not None and (total := self.one_shot.sum(x, place)) is not None:
+        if self.peer_sums is not None and (total := self.peer_sums.sum(x, place)) is not None:
             return total
         dist.all_reduce(x, group=self.group)
         return x
@@ -54,8 +54,8 @@ class TensorParallel:
         The normed rows are the same bits on every rank, and there until the next sum. The second result is good for one
         thing only, being the residual of the next sum of this shape: of large tensors, each rank has a part of it.
         """
-        if self.one_shot is not None:
-            done = self.one_shot.sum_add_rms_norm(x, place, residual, weight, eps)
+        if self.peer_sums is not None:
+            done = self.peer_sums.sum_add_rms_norm(x, place, residual, weight, eps)
             if done is not None:
                 return done
         if self.group is not None:

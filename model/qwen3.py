@@ -32,8 +32,8 @@ from model.layers import (
     SiluAndMul,
     VocabParallelEmbedding,
 )
-from model.one_shot import Place
 from model.parallel import TensorParallel
+from model.peer_sums import Place
 
 
 class Qwen3Attention(nn.Module):

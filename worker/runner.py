@@ -20,8 +20,8 @@ from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
-from model.one_shot import Limits, OneShotAllReduce, obstacle
 from model.parallel import TensorParallel
+from model.peer_sums import Limits, PeerSums, obstacle
 from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
 from model.weights import load_model
@@ -252,7 +252,7 @@ def build_runner(
         ModelError: the checkpoint cannot be used.
         ConfigError: the memory does not hold one sequence.
     """
-    tp = _with_one_shot(tp, config, runtime)
+    tp = _with_peer_sums(tp, config, runtime)
     model = load_model(
         config.model,
         checkpoint,
@@ -295,7 +295,7 @@ def build_runner(
     return runner
 
 
-def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
+def _with_peer_sums(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
     """Let all-reduces go through memory that the GPUs share, if all ranks can."""
     if tp.group is None or not runtime.on_gpu or not wanted("symmetric_memory"):
         return tp
@@ -307,7 +307,7 @@ def _with_one_shot(tp: TensorParallel, config: EngineConfig, runtime: RuntimeCon
         logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
         return tp
     limits = Limits.of(tp.size, runtime.dtype)
-    return replace(tp, one_shot=OneShotAllReduce(tp.group, limits, dtype=runtime.dtype, device=runtime.device))
+    return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=runtime.dtype, device=runtime.device))
 
 
 def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:

@@ -20,7 +20,7 @@ were launched before on that rank have ended; and a sum ends after its meetings.
 
 - A summand of one shot: once a later sum of summands that lie elsewhere has ended here. Nobody says when it has read,
   but a rank that has passed a meeting of the later sum knows that all others had begun that one, and therefore had
-  ended this one. So sums that follow one another must use different memory (`model.one_shot` sees to that), whatever
+  ended this one. So sums that follow one another must use different memory (`model.peer_sums` sees to that), whatever
   kind the later one is.
 - A summand of two shots: once its sum has ended here, since the others come to the second meeting when they have read.
 - What two shots have put out: others write there only between the meetings of a later sum of two shots, and pass the

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from model.kernels.linear import linear
 from model.kernels.packed import pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
-from model.one_shot import Place
 from model.parallel import TensorParallel
+from model.peer_sums import Place
 
 
 class _VocabParallel(ShardedModule):

@@ -21,8 +21,8 @@ from model.kernels.packed import pack
 from model.layers.activation import SiluAndMul
 from model.layers.norm import RMSNorm
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
-from model.one_shot import Place
 from model.parallel import TensorParallel
+from model.peer_sums import Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 
 from bench.all_reduce import DTYPE, EPS, KINDS, WITH_NORM, Memory, Result, Sums, build_parser, crossover
 from model.kernels.norm import rms_norm_torch
-from model.one_shot import MAX_PEER_BYTES
+from model.peer_sums import MAX_PEER_BYTES
 from tests.model.helpers import interpreted
 from tests.model.kernels.comparing import relative_error
 from tests.model.shared_files import shared_files

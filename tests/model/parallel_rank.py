@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from model import one_shot as one_shot_module
+from model import peer_sums as peer_sums_module
 from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
-from model.one_shot import Limits, OneShotAllReduce, Place
 from model.parallel import TensorParallel
+from model.peer_sums import Limits, PeerSums, Place
 from tests.model.helpers import (
     TINY,
     PagedCache,
@@ -69,9 +69,9 @@ def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.
     written = 0
     limits = Limits(FEW_TOKENS * TINY["hidden_size"], MANY_TOKENS * TINY["hidden_size"])
     with shared_files(shared, tp.rank):
-        one_shot = OneShotAllReduce(tp.group, limits, dtype=torch.float32, device=torch.device("cpu"))
+        sums_here = PeerSums(tp.group, limits, dtype=torch.float32, device=torch.device("cpu"))
     shapes = [torch.Size((tokens, TINY["hidden_size"])) for tokens in (FEW_TOKENS, MANY_TOKENS)]
-    rooms = [one_shot.room(shape, torch.float32, place) for shape in shapes for place in Place]
+    rooms = [sums_here.room(shape, torch.float32, place) for shape in shapes for place in Place]
     addresses = {room.data_ptr() for room in rooms if room is not None}
 
     def sum_add_rms_norm(
@@ -94,11 +94,11 @@ def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.
     with (
         patch.object(torch, "mm", count(torch.mm)),
         patch.object(torch, "addmm", count(torch.addmm)),
-        patch.object(one_shot_module, "peer_sum", wraps=peer_sum) as sums,
-        patch.object(one_shot_module, "peer_sum_add_rms_norm", side_effect=sum_add_rms_norm) as sums_with_norm,
-        patch.object(one_shot, "_put", wraps=one_shot._put) as puts,
+        patch.object(peer_sums_module, "peer_sum", wraps=peer_sum) as sums,
+        patch.object(peer_sums_module, "peer_sum_add_rms_norm", side_effect=sum_add_rms_norm) as sums_with_norm,
+        patch.object(sums_here, "_put", wraps=sums_here._put) as puts,
     ):
-        logits = logits_of(folder, replace(tp, one_shot=one_shot), packed=False)
+        logits = logits_of(folder, replace(tp, peer_sums=sums_here), packed=False)
     places = [call.args[1] for call in puts.call_args_list]
     # Those of the larger prefill are too large, but sums as well. Another step would begin with the first place again.
     assert all(place is not other for place, other in pairwise([*places, places[0]])), places

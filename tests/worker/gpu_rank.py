@@ -68,13 +68,13 @@ def main(rank: int, rendezvous: str, folder: str, results: str, without: str) ->
     (Path(results) / f"rounded-{rank}.json").write_text(json.dumps(rounded))
     with patch.object(runner_module, "_MIN_SHARED_ROWS", 4):  # fewer than the 8 requests
         runner, shape = make_runner(Path(folder), tp, dtype="float32", tensor_parallel_size=SIZE)
-        assert (runner._tp.one_shot is None) == ("symmetric_memory" in without), "see the log for why"
+        assert (runner._tp.peer_sums is None) == ("symmetric_memory" in without), "see the log for why"
         assert runner._share_sampling == ("sharded_sampling" not in without)
         tokens = generate(runner, shape, requests(8, temperature=0.0))
     (Path(results) / f"tokens-{rank}.json").write_text(json.dumps(tokens))
     dist.barrier()
     torch.cuda.synchronize()
-    if runner._tp.one_shot is not None:
+    if runner._tp.peer_sums is not None:
         os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank
     del runner, half  # NCCL does not let a communicator go while a captured graph uses it
     gc.collect()

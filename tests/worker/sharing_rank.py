@@ -73,8 +73,11 @@ def share_memory(tp: TensorParallel) -> dict[str, object]:
         patch.object(runner_module, "obstacle", return_value=reason),
         patch.object(runner_module.logger, "info") as log,
     ):
-        changed = runner_module._with_one_shot(tp, Mock(nodes=1), runtime)
-    return {"one_shot": changed.one_shot is not None, "log": [call.args[0] % call.args[1:] for call in log.mock_calls]}
+        changed = runner_module._with_peer_sums(tp, Mock(nodes=1), runtime)
+    return {
+        "peer_sums": changed.peer_sums is not None,
+        "log": [call.args[0] % call.args[1:] for call in log.mock_calls],
+    }
 
 
 def main(rank: int, rendezvous: str, folder: str, results: str) -> None:

@@ -51,7 +51,7 @@ def test_only_steps_of_many_rows_are_shared_out_and_none_on_a_cpu(outcomes: list
 def test_all_ranks_leave_sums_to_the_group_where_one_cannot_share_memory(outcomes: list[Outcome]) -> None:
     for rank, outcome in enumerate(outcomes):
         reason = "its GPU is far away" if rank == OBSTRUCTED else "another rank cannot make them"
-        assert outcome["memory"] == {"one_shot": False, "log": [f"rank={rank} no one-shot all-reduces: {reason}"]}
+        assert outcome["memory"] == {"peer_sums": False, "log": [f"rank={rank} no one-shot all-reduces: {reason}"]}
 
 
 @pytest.mark.parametrize(("nodes", "on_gpu", "without"), [(2, True, ""), (1, False, ""), (1, True, "symmetric_memory")])
@@ -61,7 +61,7 @@ def test_no_memory_is_shared(nodes: int, on_gpu: bool, without: str, monkeypatch
     tp = TensorParallel(0, 2, Mock())
     agree = Mock()
     monkeypatch.setattr(runner, "_agree", agree)
-    assert runner._with_one_shot(tp, Mock(nodes=nodes), Mock(on_gpu=on_gpu)) is tp
+    assert runner._with_peer_sums(tp, Mock(nodes=nodes), Mock(on_gpu=on_gpu)) is tp
     agree.assert_not_called()
 
 

@@ -85,7 +85,7 @@ class _Way:
         return fits and dtype is self.summand.dtype
 
 
-class OneShotAllReduce:
+class PeerSums:
     """This rank's part of the memory, and the sum over all parts, in one shot or in two.
 
     To make one is a collective operation, with the same `limits` and `dtype` on every rank of `group`, none of which

@@ -1,4 +1,4 @@
-"""What one process of `test_one_shot.py` does, mostly on a GPU of its own. A check that fails ends all of them."""
+"""What one process of `test_peer_sums.py` does, mostly on a GPU of its own. A check that fails ends all of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from model.kernels.linear import linear
 from model.kernels.norm import add_rms_norm_triton
-from model.one_shot import Limits, OneShotAllReduce, Place, obstacle
 from model.parallel import TensorParallel
+from model.peer_sums import Limits, PeerSums, Place, obstacle
 from tests.model.shared_files import shared_files
 
 Shapes = tuple[tuple[int, int], ...]
@@ -48,15 +48,15 @@ def total(call: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor
     return torch.stack(summands).sum(0).to(dtype)
 
 
-def add_up(one_shot: OneShotAllReduce, x: torch.Tensor, *, in_place: bool, place: Place | None = None) -> torch.Tensor:
+def add_up(peer_sums: PeerSums, x: torch.Tensor, *, in_place: bool, place: Place | None = None) -> torch.Tensor:
     """The sum of `x`, which is copied to the shared memory, or written there by another kernel as a layer does.
 
     What it is read from holds NaN afterwards, as it may until the next sum writes there.
     """
     place = next(places) if place is None else place
     if in_place:
-        x = put(one_shot, x, place)
-    out = one_shot.sum(x, place)
+        x = put(peer_sums, x, place)
+    out = peer_sums.sum(x, place)
     assert out is not None
     return moved(out)
 
@@ -68,54 +68,54 @@ def moved(out: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def put(one_shot: OneShotAllReduce, x: torch.Tensor, place: Place) -> torch.Tensor:
-    room = one_shot.room(x.shape, x.dtype, place)
+def put(peer_sums: PeerSums, x: torch.Tensor, place: Place) -> torch.Tensor:
+    room = peer_sums.room(x.shape, x.dtype, place)
     assert room is not None
     return torch.add(x, 0, out=room)
 
 
-def check_norm(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
+def check_norm(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
     """The sum, the residual addition and the norm in one kernel give the bits of one after the other."""
     torch.manual_seed(7)  # residual and weight are the same on every rank
     for call, shape in enumerate(shapes):
         residual, weight = torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
         place = next(places)
-        x = put(one_shot, summand(call, rank, shape, dtype), place)
-        done = one_shot.sum_add_rms_norm(x, place, residual, weight, EPS)
+        x = put(peer_sums, summand(call, rank, shape, dtype), place)
+        done = peer_sums.sum_add_rms_norm(x, place, residual, weight, EPS)
         assert done is not None
         expected = add_rms_norm_triton(total(call, shape, dtype), residual, weight, EPS)
-        own = own_rows(one_shot, rank, shape, dtype)
+        own = own_rows(peer_sums, rank, shape, dtype)
         assert torch.equal(done[0], expected[0]), f"{shape} {dtype}"
         assert torch.equal(done[1][own], expected[1][own]), f"{shape} {dtype}"
 
 
-def own_rows(one_shot: OneShotAllReduce, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> slice:
+def own_rows(peer_sums: PeerSums, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> slice:
     """Which rows of the residual stream this rank has behind a sum of this shape."""
-    rooms = [one_shot.room(torch.Size(shape), dtype, place) for place in (Place.ATTENTION, Place.MLP)]
+    rooms = [peer_sums.room(torch.Size(shape), dtype, place) for place in (Place.ATTENTION, Place.MLP)]
     in_two_shots = len({room.data_ptr() for room in rooms if room is not None}) == 1
     return slice(rank, None, dist.get_world_size()) if in_two_shots else slice(None)
 
 
-def check_step(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
+def check_step(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
     """Sums as a step makes them, in steps of all shapes: no rank needs other rows of the residual stream than its own.
 
     The other ones are NaN; so is what a sum has put out, once the next summand is made of it. The first residual is the
     embedding's sum itself.
     """
-    tp = TensorParallel(rank, dist.get_world_size(), dist.group.WORLD, one_shot)
+    tp = TensorParallel(rank, dist.get_world_size(), dist.group.WORLD, peer_sums)
     torch.manual_seed(9)  # what is random is the same on every rank
     for shape in shapes:
-        own = own_rows(one_shot, rank, shape, dtype)
+        own = own_rows(peer_sums, rank, shape, dtype)
         others = torch.ones((shape[0], 1), dtype=torch.bool)
         others[own] = False
         share = (torch.arange(shape[1]) % tp.size == rank).to(dtype)  # of the columns
         embedding = torch.randn(shape).to(dtype)
         expected = expected_residual = embedding
-        hidden = residual = tp.all_reduce(put(one_shot, embedding * share, Place.EMBEDDING), Place.EMBEDDING)
+        hidden = residual = tp.all_reduce(put(peer_sums, embedding * share, Place.EMBEDDING), Place.EMBEDDING)
         for step in range(6):
             place = (Place.ATTENTION, Place.MLP)[step % 2]
             weight = torch.randn(shape[1]).to(dtype)
-            summand = put(one_shot, hidden * share, place)
+            summand = put(peer_sums, hidden * share, place)
             if step > 0:
                 hidden.fill_(torch.nan)
             residual.masked_fill_(others, torch.nan)
@@ -133,8 +133,7 @@ def check_kinds(
     """One shot and two give the same bits, also where numbers are such that the order of adding tells."""
     largest = max(rows * width for rows, width in shapes)
     one, two = (
-        OneShotAllReduce(group, limits, dtype=dtype, device=device)
-        for limits in (Limits(largest, 0), Limits(0, largest))
+        PeerSums(group, limits, dtype=dtype, device=device) for limits in (Limits(largest, 0), Limits(0, largest))
     )
     for shape in shapes:
         torch.manual_seed(13)
@@ -164,14 +163,14 @@ def be_late() -> None:
         time.sleep(0.002)
 
 
-def check_rounding(one_shot: OneShotAllReduce, dtype: torch.dtype) -> None:
+def check_rounding(peer_sums: PeerSums, dtype: torch.dtype) -> None:
     """As near the exact sum as NCCL is, and the same bits on every rank."""
     for shape in SHAPES:
         x = torch.randn(shape).to(dtype)
         exact, by_nccl = x.double(), x.clone()
         dist.all_reduce(exact)
         dist.all_reduce(by_nccl)
-        ours = add_up(one_shot, x, in_place=False)
+        ours = add_up(peer_sums, x, in_place=False)
         error, nccls = ((out.double() - exact).norm() / exact.norm() for out in (ours, by_nccl))
         assert error <= 1.1 * nccls + 1e-9, f"{shape} {dtype}: {error:.1e}, NCCL's is {nccls:.1e}"
         all_bits = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
@@ -180,7 +179,7 @@ def check_rounding(one_shot: OneShotAllReduce, dtype: torch.dtype) -> None:
 
 
 def check_back_to_back(
-    one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype, rounds: int, shapes: Shapes = SHAPES
+    peer_sums: PeerSums, rank: int, dtype: torch.dtype, rounds: int, shapes: Shapes = SHAPES
 ) -> None:
     """Many calls of different sizes without a pause, now one rank late and now the other, each with inputs of its own.
 
@@ -195,19 +194,19 @@ def check_back_to_back(
         for (call, _), x in zip(calls, inputs, strict=True):
             if (call + 3 * rank) % 7 == 0:
                 be_late()
-            sums.append(add_up(one_shot, x, in_place=call % 3 == 0))
+            sums.append(add_up(peer_sums, x, in_place=call % 3 == 0))
         for (call, shape), out in zip(calls, sums, strict=True):
             assert torch.equal(out, total(call, shape, dtype)), f"call {call}, {shape}, {dtype}"
 
 
-def check_in_a_graph(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype) -> None:
+def check_in_a_graph(peer_sums: PeerSums, rank: int, dtype: torch.dtype) -> None:
     """A captured row of calls gives, at every replay, the sums of what its inputs then are."""
     inputs = [summand(0, rank, shape, dtype) for shape in SHAPES]
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     assert len(SHAPES) % len(Place) == 2
     with torch.cuda.graph(graph):
-        sums = [add_up(one_shot, x, in_place=bool(index % 2)) for index, x in enumerate(inputs)]
+        sums = [add_up(peer_sums, x, in_place=bool(index % 2)) for index, x in enumerate(inputs)]
     between = next(places)
     for replay in range(100):
         for x, shape in zip(inputs, SHAPES, strict=True):
@@ -215,13 +214,13 @@ def check_in_a_graph(one_shot: OneShotAllReduce, rank: int, dtype: torch.dtype) 
         graph.replay()
         if replay % 10 == 0:  # something eager in between
             shape = SHAPES[replay // 10 % len(SHAPES)]
-            out = add_up(one_shot, summand(-replay, rank, shape, dtype), in_place=True, place=between)
+            out = add_up(peer_sums, summand(-replay, rank, shape, dtype), in_place=True, place=between)
             assert torch.equal(out, total(-replay, shape, dtype)), f"after replay {replay}"
         for out, shape in zip(sums, SHAPES, strict=True):
             assert torch.equal(out, total(replay, shape, dtype)), f"replay {replay}, {shape}, {dtype}"
 
 
-def check_layers(one_shot: OneShotAllReduce, rank: int) -> None:
+def check_layers(peer_sums: PeerSums, rank: int) -> None:
     """Products write where others read, as dependent launches, behind sums and before them: no step is too early.
 
     The same launches one at a time, with the device idle between them, tell what has to come out.
@@ -238,12 +237,12 @@ def check_layers(one_shot: OneShotAllReduce, rank: int) -> None:
             hidden = residual = x
             for step, weight in enumerate(weights):
                 place = (Place.ATTENTION, Place.MLP)[step % 2]
-                summand = linear(hidden, weight, out=one_shot.room(hidden.shape, hidden.dtype, place))
+                summand = linear(hidden, weight, out=peer_sums.room(hidden.shape, hidden.dtype, place))
                 if one_at_a_time:
                     torch.cuda.synchronize()
                 if step % 7 == late:
                     be_late()
-                done = one_shot.sum_add_rms_norm(summand, place, residual, norm, EPS)
+                done = peer_sums.sum_add_rms_norm(summand, place, residual, norm, EPS)
                 assert done is not None
                 hidden, residual = done
                 if one_at_a_time:
@@ -286,11 +285,11 @@ def main_on_cpu(rank: int, size: int, rendezvous: str, shared: str) -> None:
     assert group is not None
     for dtype in DTYPES:
         with shared_files(Path(shared) / str(dtype), rank):
-            one_shot = OneShotAllReduce(group, FEW_ROWS_LIMITS, dtype=dtype, device=cpu)
+            peer_sums = PeerSums(group, FEW_ROWS_LIMITS, dtype=dtype, device=cpu)
             check_kinds(group, rank, dtype, cpu, FEW_ROWS)
-        check_norm(one_shot, rank, dtype, FEW_ROWS)
-        check_step(one_shot, rank, dtype, FEW_ROWS)
-        check_back_to_back(one_shot, rank, dtype, rounds=1, shapes=FEW_ROWS)
+        check_norm(peer_sums, rank, dtype, FEW_ROWS)
+        check_step(peer_sums, rank, dtype, FEW_ROWS)
+        check_back_to_back(peer_sums, rank, dtype, rounds=1, shapes=FEW_ROWS)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -298,12 +297,12 @@ def main_on_cpu(rank: int, size: int, rendezvous: str, shared: str) -> None:
 def wait_for_ever(rank: int, rendezvous: str, waiting: str) -> None:
     """Rank 1 goes, and rank 0 waits for it in a sum. When it surely does, there is a file `waiting`."""
     group, device = join(rank, rendezvous)
-    one_shot = OneShotAllReduce(group, Limits(8, 0), dtype=torch.float32, device=device)
-    add_up(one_shot, torch.ones((1, 8), device=device), in_place=False)
+    peer_sums = PeerSums(group, Limits(8, 0), dtype=torch.float32, device=device)
+    add_up(peer_sums, torch.ones((1, 8), device=device), in_place=False)
     torch.cuda.synchronize()
     dist.barrier()
     if rank == 0:
-        add_up(one_shot, torch.ones((1, 8), device=device), in_place=False)
+        add_up(peer_sums, torch.ones((1, 8), device=device), in_place=False)
         time.sleep(2.0)
         assert not torch.cuda.current_stream().query()
         Path(waiting).touch()
@@ -317,19 +316,19 @@ def main(rank: int, rendezvous: str) -> None:
     assert LIMITS.two_shots == max(rows * width for rows, width in SHAPES)
     for dtype in DTYPES:
         assert obstacle(SIZE, device=device) == ""
-        one_shot = OneShotAllReduce(group, LIMITS, dtype=dtype, device=device)
-        assert symmetric_memory.rendezvous(one_shot._memory, group).multicast_ptr == 0
-        assert one_shot.sum(torch.zeros((1, LIMITS.two_shots + 8), dtype=dtype, device=device), Place.MLP) is None
-        assert one_shot.sum(torch.zeros((1, 8), dtype=torch.float16, device=device), Place.MLP) is None
+        peer_sums = PeerSums(group, LIMITS, dtype=dtype, device=device)
+        assert symmetric_memory.rendezvous(peer_sums._memory, group).multicast_ptr == 0
+        assert peer_sums.sum(torch.zeros((1, LIMITS.two_shots + 8), dtype=dtype, device=device), Place.MLP) is None
+        assert peer_sums.sum(torch.zeros((1, 8), dtype=torch.float16, device=device), Place.MLP) is None
         with torch.inference_mode():
-            check_rounding(one_shot, dtype)
-            check_norm(one_shot, rank, dtype)
-            check_step(one_shot, rank, dtype)
+            check_rounding(peer_sums, dtype)
+            check_norm(peer_sums, rank, dtype)
+            check_step(peer_sums, rank, dtype)
             check_kinds(group, rank, dtype, device)
-            check_back_to_back(one_shot, rank, dtype, rounds=20)
-            check_in_a_graph(one_shot, rank, dtype)
+            check_back_to_back(peer_sums, rank, dtype, rounds=20)
+            check_in_a_graph(peer_sums, rank, dtype)
             if dtype is torch.bfloat16:
-                check_layers(one_shot, rank)
+                check_layers(peer_sums, rank)
     dist.barrier()
     torch.cuda.synchronize()
     os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank

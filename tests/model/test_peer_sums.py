@@ -9,28 +9,28 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from model import one_shot
+from model import peer_sums
 from model.errors import ModelError
-from tests.model import one_shot_rank
+from tests.model import peer_sums_rank
 from tests.model.helpers import interpreted
 from tests.model.shared_files import shared_files
 from tests.processes import until
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < one_shot_rank.SIZE, reason="needs two GPUs")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < peer_sums_rank.SIZE, reason="needs two GPUs")
 
 
 @pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_sum_rightly_whatever_comes_before_and_after(tmp_path: Path, size: int) -> None:
     args = (size, str(tmp_path / "rendezvous"), str(tmp_path))
-    torch.multiprocessing.spawn(one_shot_rank.main_on_cpu, args=args, nprocs=size)
+    torch.multiprocessing.spawn(peer_sums_rank.main_on_cpu, args=args, nprocs=size)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @two_gpus
 def test_two_gpus_sum_rightly_whatever_comes_before_and_after(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_shot_rank.main, args=(str(tmp_path / "rendezvous"),), nprocs=one_shot_rank.SIZE)
+    torch.multiprocessing.spawn(peer_sums_rank.main, args=(str(tmp_path / "rendezvous"),), nprocs=peer_sums_rank.SIZE)
 
 
 @pytest.mark.gpu
@@ -40,9 +40,9 @@ def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
     """Its kernel never ends; the supervisor must get rid of it all the same, and the GPU be of use to the next rank."""
     waiting = tmp_path / "waiting"
     ranks = torch.multiprocessing.spawn(
-        one_shot_rank.wait_for_ever,
+        peer_sums_rank.wait_for_ever,
         args=(str(tmp_path / "rendezvous"), str(waiting)),
-        nprocs=one_shot_rank.SIZE,
+        nprocs=peer_sums_rank.SIZE,
         join=False,
     )
     first, second = ranks.processes
@@ -57,49 +57,49 @@ def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
 
 
 def test_where_there_is_room(tmp_path: Path) -> None:
-    cpu, rows = torch.device("cpu"), one_shot.MAX_PROGRAMS
+    cpu, rows = torch.device("cpu"), peer_sums.MAX_PROGRAMS
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with shared_files(tmp_path, 0):
             made, narrow = (
-                one_shot.OneShotAllReduce(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
+                peer_sums.PeerSums(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
                 for limits, dtype in (
-                    (one_shot.Limits(13, 27), torch.float32),
-                    (one_shot.Limits(2 * rows, 2 * rows + 2), torch.bfloat16),
+                    (peer_sums.Limits(13, 27), torch.float32),
+                    (peer_sums.Limits(2 * rows, 2 * rows + 2), torch.bfloat16),
                 )
             )
     finally:
         torch.distributed.destroy_process_group()
 
     def room(
-        all_reduce: one_shot.OneShotAllReduce, shape: tuple[int, int], dtype: torch.dtype, place: one_shot.Place
+        all_reduce: peer_sums.PeerSums, shape: tuple[int, int], dtype: torch.dtype, place: peer_sums.Place
     ) -> int | None:
         memory = all_reduce.room(torch.Size(shape), dtype, place)
         assert memory is None or memory.shape == shape
         return None if memory is None else memory.data_ptr()
 
     small, large = (
-        [room(made, shape, torch.float32, place) for place in one_shot.Place] for shape in ((1, 13), (3, 9))
+        [room(made, shape, torch.float32, place) for place in peer_sums.Place] for shape in ((1, 13), (3, 9))
     )
     assert all(address is not None and address % 16 == 0 for address in small + large)
-    assert len(set(small)) == len(one_shot.Place), "each place of one shot has memory of its own"
+    assert len(set(small)) == len(peer_sums.Place), "each place of one shot has memory of its own"
     assert len(set(large)) == 1, "two shots need no more than one"
     assert not set(small) & set(large)
-    assert room(made, (1, 33), torch.float32, one_shot.Place.MLP) is None
-    assert room(made, (1, 13), torch.bfloat16, one_shot.Place.MLP) is None
-    assert room(narrow, (rows, 2), torch.bfloat16, one_shot.Place.MLP) is not None
-    assert room(narrow, (rows + 1, 2), torch.bfloat16, one_shot.Place.MLP) is None, "programs without flags"
+    assert room(made, (1, 33), torch.float32, peer_sums.Place.MLP) is None
+    assert room(made, (1, 13), torch.bfloat16, peer_sums.Place.MLP) is None
+    assert room(narrow, (rows, 2), torch.bfloat16, peer_sums.Place.MLP) is not None
+    assert room(narrow, (rows + 1, 2), torch.bfloat16, peer_sums.Place.MLP) is None, "programs without flags"
 
 
 def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 1)
 
     def obstacle() -> str:
-        return one_shot.obstacle(3, device=gpu)
+        return peer_sums.obstacle(3, device=gpu)
 
     backend: str | None = None
     monkeypatch.setattr(torch.distributed._symmetric_memory, "get_backend", lambda device: backend)
-    monkeypatch.setattr(one_shot, "_reaches", lambda device, peer: peer != unreachable)
+    monkeypatch.setattr(peer_sums, "_reaches", lambda device, peer: peer != unreachable)
     unreachable = 2
     assert "not built" in obstacle()
     backend = "NVSHMEM"
@@ -117,9 +117,9 @@ def test_a_failure_names_the_way_to_do_without(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "")  # which is changed, and so put back
     monkeypatch.setattr(torch.distributed._symmetric_memory, "empty", fail)
     with pytest.raises(ModelError, match="not permitted; set LIGHTQWEN_WITHOUT=symmetric_memory") as raised:
-        one_shot.OneShotAllReduce(
+        peer_sums.PeerSums(
             Mock(**{"rank.return_value": 1, "size.return_value": 2}),
-            one_shot.Limits(8, 8),
+            peer_sums.Limits(8, 8),
             dtype=torch.bfloat16,
             device=torch.device("cuda", 1),
         )
@@ -128,7 +128,7 @@ def test_a_failure_names_the_way_to_do_without(monkeypatch: pytest.MonkeyPatch) 
 
 def test_more_ranks_take_smaller_tensors_in_one_shot() -> None:
     for size in (2, 4, 8):
-        limits = one_shot.Limits.of(size, torch.bfloat16)
+        limits = peer_sums.Limits.of(size, torch.bfloat16)
         read = limits.one_shot * 2 * (size - 1)
-        assert one_shot.MAX_PEER_BYTES - 2 * size < read <= one_shot.MAX_PEER_BYTES
-        assert limits.two_shots * 2 == one_shot.MAX_TWO_SHOT_BYTES
+        assert peer_sums.MAX_PEER_BYTES - 2 * size < read <= peer_sums.MAX_PEER_BYTES
+        assert limits.two_shots * 2 == peer_sums.MAX_TWO_SHOT_BYTES
