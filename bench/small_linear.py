@@ -139,7 +139,7 @@ def _ring_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
     if rows <= 32:
         yield from _tilings_of(layer, rows, (max(8, rows),), (64, 128), (1, 2, 4))
     if rows >= 32:
-        yield from _tilings_of(layer, rows, (64, 128) if rows > 64 else (64,), (16, 32, 64, 128), (1, 2))
+        yield from _tilings_of(layer, rows, (64, 128) if rows > 64 else (64,), (16, 32, 64, 128, 256), (1, 2))
 
 
 def _tilings_of(
@@ -156,7 +156,8 @@ def _tilings_of(
         for stages in sorted({min(room // tile, steps, 12) for room in (74_000, 110_000, 222_000)}):
             if stages >= 2 and stages * tile >= 60_000:
                 for warps in (4, 8)[: 2 if block_rows == 128 <= 2 * block_n else 1]:
-                    yield Tiling("ring", rows, block_n, block_k, warps, splits, stages, block_rows)
+                    if block_rows * block_n <= 32 * warps * 128:  # sums, in the registers of a thread
+                        yield Tiling("ring", rows, block_n, block_k, warps, splits, stages, block_rows)
 
 
 def _fma_stages(k: int, rows: int, block_n: int, block_k: int) -> Iterable[int]:
