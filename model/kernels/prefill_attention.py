@@ -109,7 +109,7 @@ def _fetch_all(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What the first group of warps does."""
+    """What one group of warps does: ask for all tiles, each when its place is free."""
     keys, values = memories
     keys_ready, values_ready, keys_free, values_free = barriers
     stage = 0
@@ -161,7 +161,7 @@ def _attend(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What the other groups of warps do: QUERIES queries of one head, over all the keys they see."""
+    """What each of the two other groups does: QUERIES queries of one head, over all the keys they see."""
     first_token, first_query, first_position, end, num_tiles = place
     keys, values = memories
     keys_ready, values_ready, keys_free, values_free = barriers

@@ -201,7 +201,7 @@ def _launch(
             EVEN_K=k >= tiling.block_k * tiling.stages,
             **options,
         )
-    elif rows:
+    elif rows:  # of none there is no descriptor
         blocks = triton.cdiv(rows, tiling.block_rows)
         ring_kernel[(tiles, blocks, tiling.splits)](
             tiles_of(x, tiling.block_rows, tiling.block_k),

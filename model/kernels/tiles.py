@@ -20,6 +20,7 @@ def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
     """Describe a contiguous matrix of 16-bit elements as tiles, of a multiple of 64 columns: zeros outside of it."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    assert matrix.dtype.itemsize == 2, f"barriers count bytes of 16-bit elements, not of {matrix.dtype}"
     return TensorDescriptor.from_tensor(matrix, [rows, columns], gl.NVMMASharedLayout(128, 16))
 
 

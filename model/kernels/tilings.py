@@ -146,8 +146,8 @@ def _wide_tiling(work: Work) -> Tiling:
 
 
 def _ring_tiling(work: Work, block_rows: int, block_n: int, block_k: int, splits: int = 1) -> Tiling:
-    """Have as many tiles under way as fit: of one program on each multiprocessor, or of three where there are so many.
-    (Two would be fewer bytes under way, and three take turns at their ends.)"""
+    """Have as many tiles under way as fit: of one program on each multiprocessor, or where there are more, of three,
+    with which most of the measured sizes were faster than with two."""
     room = 222_000 if work.n // block_n * splits <= 132 else 74_000
     stages = min(room // (2 * (block_rows + block_n) * block_k), -(-work.k // (splits * block_k)), 12)
     return Tiling("ring", work.rows, block_n, block_k, 4, splits, max(2, stages), block_rows)
