@@ -9,6 +9,7 @@ import torch
 from model.errors import ModelError
 from model.inputs import StepInputs
 from model.kernels.attention import AttentionPlan, paged_attention_triton, paged_decode_triton, plan_attention
+from model.kernels.decode_attention import streams
 from model.kernels.rope_kv import Projected
 from model.kernels.runtime import wanted
 
@@ -76,6 +77,7 @@ class TritonAttention:
     ) -> torch.Tensor | None:
         """Return what `forward` does, for steps of few rows of one query; see `AttentionBackend`."""
         few = inputs.num_rows > 1 and inputs.num_rows * self._num_kv_heads <= _FEW_PROGRAMS
+        few = few or streams(self._num_heads, self._head_dim, key_cache)
         if not few or inputs.num_decode_rows < inputs.num_rows or not wanted("fused_decode"):
             return None
         return paged_decode_triton(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.decode_attention import streamed_decode, streams
 from model.kernels.prefill_attention import QUERIES, overlapped_prefill, overlaps
 from model.kernels.rope_kv import Projected
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
@@ -280,6 +281,10 @@ def _launch_decode(
     assert all(x.is_contiguous() for x in tensors), "q, out and the caches are contiguous"
     assert block_tables.stride(1) == 1, "a row's block table is contiguous"
     heads, kv_heads = out.shape[1], key_cache.shape[2]
+    if streams(heads, out.shape[2], key_cache):
+        lists, pdl = (block_tables, plan), bool(dependent_launch(q))
+        streamed_decode(q, projected, key_cache, value_cache, *lists, out, scale / math.log(2), pdl=pdl)
+        return
     group_block = triton.next_power_of_2(heads // kv_heads)
     dependent = dependent_launch(q)
     # A pointer that nothing is read through stands for what is not given.

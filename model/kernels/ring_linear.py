@@ -15,23 +15,7 @@ shared memory tells when the bytes of both tiles have arrived.
 from __future__ import annotations
 
 from model.kernels.runtime import gl, gluon_constexpr, gluon_jit, gluon_jit_once, hopper
-from model.kernels.tiles import copy_tile, products_layout, thread_barrier
-
-
-@gluon_jit
-def _begin_dependents(PDL: gl.constexpr):
-    """As in `model.kernels.dependent`."""
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon_jit
-def _wait(PDL: gl.constexpr):
-    """As in `model.kernels.dependent`."""
-    if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+from model.kernels.tiles import begin_dependents, copy_tile, products_layout, thread_barrier, wait
 
 
 @gluon_constexpr
@@ -126,7 +110,7 @@ def ring_kernel(
     Matrix units take 64 rows of the left operand, and as few as 8 of the right one. So x is the left one where there
     are so many rows of it, however few features a program has, and else the weight is.
     """
-    _begin_dependents(PDL)
+    begin_dependents(PDL)
     X_LEFT: gl.constexpr = ROWS >= 64
     FEATURES: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     LAYOUT: gl.constexpr = _rows_layout(ROWS, FEATURES, num_warps)
@@ -151,7 +135,7 @@ def ring_kernel(
     bias = _load_features(bias_ptr, feature, features, BIAS)
     up_bias = _load_features(bias_ptr + features, feature, features, BIAS and GATED)
     gain = _load_features(gain_ptr, feature, features, ADD)
-    _wait(PDL)
+    wait(PDL)
 
     for stage in gl.static_range(STAGES):
         column = first + stage * BLOCK_K

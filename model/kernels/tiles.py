@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from model.kernels.runtime import gl, gluon_constexpr, hopper
+from model.kernels.runtime import gl, gluon_constexpr, gluon_jit, hopper
 
 # Triton 3.9 has other names than 3.6.
 copy_tile: Any = hopper and (getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared)
@@ -28,3 +28,19 @@ def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
 def products_layout(columns, warps):
     """Return which thread has which sum of products: warps share the rows of the left operand."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
+
+
+@gluon_jit
+def begin_dependents(PDL: gl.constexpr):
+    """As in `model.kernels.dependent`."""
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon_jit
+def wait(PDL: gl.constexpr):
+    """As in `model.kernels.dependent`."""
+    if PDL:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -388,11 +388,15 @@ def test_attention_in_a_cuda_graph(triton_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_dependent_launches_give_the_same_bits(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block_size", [16, 64])  # two kernels
+def test_dependent_launches_give_the_same_bits(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
     """Each launch reads what the one before it has just written, and uses the same scratch memory."""
     if not is_hopper(triton_device):
         pytest.skip("dependent launches need compute capability 9")
-    batch = make_batch(DECODE_ROWS, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=triton_device)
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": block_size}
+    batch = make_batch(DECODE_ROWS, **shape, dtype=torch.bfloat16, device=triton_device)
     plan = plan_of(batch)
 
     def chain() -> torch.Tensor:

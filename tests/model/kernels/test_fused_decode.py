@@ -19,6 +19,11 @@ ROWS = [1, 0, 16, 64, 65, *([130, 1025] if ON_GPU else [150])]
 """Lengths, the newest key included: it alone, none, and at the beginnings and ends of blocks and of tiles."""
 SPLIT = replace(SPLITTING, programs=24, max_whole=0)
 
+# heads, kv_heads, head_dim, block_size. Heads of 128 in 16 bits, in blocks of 64 or its multiples, are another kernel's
+# on a Hopper.
+SHAPES = [(4, 2, 64, 16), (3, 1, 24, 64)]
+SHAPES += [(4, 2, 128, 64), (5, 1, 128, 128), (16, 1, 128, 64), (32, 4, 128, 256)] if ON_GPU else []
+
 
 def make_projected(batch: Batch) -> Projected:
     tokens, heads, head_dim = batch.q.shape
@@ -64,7 +69,7 @@ def decode(batch: Batch, projected: Projected, splitting: Splitting = SPLITTING)
 
 
 @pytest.mark.parametrize("splitting", [SPLITTING, SPLIT, replace(SPLIT, min_keys=100)], ids=["whole", "split", "odd"])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(4, 2, 64, 16), (3, 1, 24, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if ON_GPU else torch.float16], ids=str)
 def test_equals_one_after_the_other(
     triton_device: torch.device,
@@ -150,3 +155,25 @@ def test_newest_keys_are_not_read_from_the_cache(triton_device: torch.device) ->
     for cache in (other.key_cache, other.value_cache):
         cache.masked_fill_(cache.isnan(), 7.0)
     assert torch.equal(decode(batch, projected), decode(other, projected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 64, 256])
+@pytest.mark.parametrize("splitting", [SPLITTING, SPLIT], ids=["whole", "split"])
+def test_units_follow_one_another(triton_device: torch.device, rows: int, splitting: Splitting) -> None:
+    """Up to many times as many units as there are programs, of all lengths; and in a graph, with what stands before."""
+    lens = [0 if row % 7 == 5 else 1 + (row * 389 + 299) % 700 for row in range(rows)]
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 64}
+    batch = make_batch([(1, kv_len) for kv_len in lens], **shape, dtype=torch.bfloat16, device=triton_device)
+    projected, slots = make_projected(batch), forget_newest(batch)
+    expected, *_ = one_after_the_other(batch, projected, slots)
+    other = replace(projected, qkv=projected.qkv.roll(1, 0))
+    decode(batch, other, splitting)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for of_step in (other, projected, other, projected):
+            out = decode(batch, of_step, splitting)
+    for _ in range(5):
+        forget_newest(batch)
+        graph.replay()
+        assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16]
