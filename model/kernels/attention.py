@@ -38,8 +38,8 @@ class Splitting:
 
     programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
     min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
-    max_whole: int = 256  # rows of up to so many keys are not split at all
-    long_keys: int = 512  # longer splits are split further, so that programs end together, ...
+    max_whole: int = 384  # rows of up to so many keys are not split at all
+    long_keys: int = 1024  # longer splits are split further, so that programs end together, ...
     max_programs: int = 1056  # ... into so many programs
 
 
@@ -73,6 +73,7 @@ class AttentionPlan:
     partial_out: torch.Tensor  # [splits, heads, head_dim] float32
     partial_lse: torch.Tensor  # [splits, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
+    tickets: torch.Tensor  # [2] int32, zero between launches: of `decode_attention`
 
 
 def paged_attention(
@@ -187,6 +188,7 @@ def plan_attention(
         partial_out=empty(max_splits, num_heads, head_dim, of=torch.float32),
         partial_lse=empty(max_splits, num_heads, of=torch.float32),
         arrivals=empty(rows, num_kv_heads),
+        tickets=empty(2),
     )
     _plan_kernel[(2 if max_tiles else 1,)](
         query_starts,
@@ -196,6 +198,7 @@ def plan_attention(
         plan.tiles.rows,
         plan.tiles.firsts,
         plan.arrivals,
+        plan.tickets,
         rows,
         max_splits,
         max_tiles,
@@ -352,6 +355,7 @@ def _plan_kernel(
     tile_rows_ptr,  # [max_tiles] int32
     tile_firsts_ptr,  # [num_rows + 1] int32
     arrivals_ptr,  # [num_rows, KV_HEADS] int32
+    tickets_ptr,  # [2] int32
     num_rows,
     max_splits,
     max_tiles,
@@ -404,6 +408,7 @@ def _plan_kernel(
             tl.store(record + 6, own_len, mask=listed)
         for kv_head in range(KV_HEADS):
             tl.store(arrivals_ptr + row * KV_HEADS + kv_head, 0, mask=is_row)
+        tl.store(tickets_ptr + tl.arange(0, 2), 0)
     else:
         count = tl.where(num_queries > 1, tl.cdiv(num_queries, QUERIES), 0)
         num_tiles = _list_firsts(count, row, is_row, tile_firsts_ptr)

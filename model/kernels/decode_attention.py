@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.kernels.rope_kv import Projected
-from model.kernels.runtime import fetches_tiles, gl, gluon_constexpr, gluon_jit, gluon_jit_once, hopper, triton
+from model.kernels.runtime import constexpr, fetches_tiles, gl, gluon_constexpr, gluon_jit, gluon_jit_once, hopper, triton
 from model.kernels.tiles import begin_dependents, copy_tile, products_layout, thread_barrier, tiles_of, wait
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _HEAD_DIM = 128
 _MAX_GROUP = 16
 _STAGES = 3  # tiles of keys, and as many of values, in a program's ring
 _PROGRAMS = 2  # that run on a multiprocessor at a time
+_NUMBERS = constexpr(8)  # that tell of a unit
 _MERGED = 8  # splits whose results a merge loads at a time
 
 
@@ -79,6 +80,7 @@ def streamed_decode(
         plan.partial_out,
         plan.partial_lse,
         plan.arrivals,
+        plan.tickets,
         out,
         scale,
         0.0 if projected is None else projected.eps,
@@ -91,6 +93,7 @@ def streamed_decode(
         BLOCK_SIZE=block_size,
         TILE=TILE,
         STAGES=_STAGES,
+        QUEUED=4,
         MERGED=_MERGED,
         RAW=projected is not None,
         PDL=pdl,
@@ -107,23 +110,16 @@ def _heads_layout(columns):
 
 
 @gluon_jit
-def _load_record(records_ptr, unit, KV_HEADS: gl.constexpr, RAW: gl.constexpr):
-    """Return a unit's record, how many tiles of the cache it is to read, and whether the newest key is in it.
+def _tell(number, slot, INDEX: gl.constexpr, units):
+    """Leave a number of a unit for the warps that attend."""
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    units.index(slot * _NUMBERS + INDEX).store(gl.full([1], 0, gl.int32, WARP) + number)
 
-    With RAW the cache does not hold the newest key, which is then the unit's last one.
-    """
-    record = records_ptr + unit // KV_HEADS * 8
-    row = gl.load(record)
-    token = gl.load(record + 1)
-    begin = gl.load(record + 2)
-    end = gl.load(record + 3)
-    first_split = gl.load(record + 4)
-    num_splits = gl.load(record + 5)
-    kv_len = gl.load(record + 6)
-    has_newest = (begin < end) & (end == kv_len)
-    if RAW:
-        end -= has_newest.to(gl.int32)
-    return row, token, begin, end, first_split, num_splits, kv_len, has_newest
+
+@gluon_jit
+def _hear(slot, INDEX: gl.constexpr, units):
+    WARPS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(units.index(slot * _NUMBERS + INDEX).load(WARPS), axis=0)
 
 
 @gluon_jit
@@ -132,32 +128,62 @@ def _stream(
     value_tiles,
     tables_ptr,
     records_ptr,
+    tickets_ptr,
     table_stride,
-    units,
-    memories,  # keys, values: [STAGES, TILE, HEAD_DIM]
-    barriers,  # keys ready, values ready, keys free, values free: [STAGES, 1]
+    num_units,
+    memories,  # keys, values: [STAGES, TILE, HEAD_DIM]; numbers of units: [QUEUED * _NUMBERS, 1] int32
+    barriers,  # keys ready, values ready, keys free, values free: [STAGES, 1]; unit ready, unit free: [QUEUED, 1]
     KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    QUEUED: gl.constexpr,
     RAW: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """What one warp does: ask for the tiles of all units, each when its place is free."""
-    keys, values = memories
-    keys_ready, values_ready, keys_free, values_free = barriers
+    """What one warp does: take units, tell the others of them, and ask for their tiles, each when its place is free."""
+    keys, values, units = memories
+    keys_ready, values_ready, keys_free, values_free, unit_ready, unit_free = barriers
     if not RAW:  # the newest keys may have been stored by the kernel before
         wait(PDL)
+    programs = gl.num_programs(0)
     stage = 0
     phase = 1  # of what is free: at first all is
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        row, _, begin, end, _, _, _, _ = _load_record(records_ptr, unit, KV_HEADS, RAW)
-        column = unit % KV_HEADS * HEAD_DIM
+    slot = 0
+    slot_phase = 1
+    unit = gl.program_id(0)
+    while unit < num_units:
+        split = unit // KV_HEADS
+        kv_head = unit % KV_HEADS
+        record = records_ptr + split * 8
+        row = gl.load(record)
+        token = gl.load(record + 1)
+        begin = gl.load(record + 2)
+        end = gl.load(record + 3)
+        first_split = gl.load(record + 4)
+        num_splits = gl.load(record + 5)
+        kv_len = gl.load(record + 6)
+        hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
+        _tell(unit, slot, 0, units)
+        _tell(row, slot, 1, units)
+        _tell(token, slot, 2, units)
+        _tell(begin, slot, 3, units)
+        _tell(end, slot, 4, units)
+        _tell(first_split, slot, 5, units)
+        _tell(num_splits, slot, 6, units)
+        _tell(kv_len, slot, 7, units)
+        hopper.mbarrier.arrive(unit_ready.index(slot), count=1)
+        slot += 1
+        if slot == QUEUED:
+            slot = 0
+            slot_phase ^= 1
+        if RAW:  # the cache does not hold the newest key
+            end = gl.minimum(end, kv_len - 1)
         table_ptr = tables_ptr + row.to(gl.int64) * table_stride
         block = gl.load(table_ptr + begin // BLOCK_SIZE, mask=begin < end, other=0)
         for start in range(begin, end, TILE):
-            place = [block * BLOCK_SIZE + start % BLOCK_SIZE, column]
+            place = [block * BLOCK_SIZE + start % BLOCK_SIZE, kv_head * HEAD_DIM]
             ahead = start + TILE
             block = gl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
             hopper.mbarrier.wait(keys_free.index(stage), phase)
@@ -170,6 +196,15 @@ def _stream(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
+        wait(PDL)  # only then has the launch before put the tickets back
+        unit = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+    hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
+    _tell(unit, slot, 0, units)  # that there is none
+    hopper.mbarrier.arrive(unit_ready.index(slot), count=1)
+    wait(PDL)
+    if gl.atomic_add(tickets_ptr + 1, 1, sem="acq_rel") == programs - 1:  # nobody takes any more
+        gl.store(tickets_ptr, 0)
+        gl.store(tickets_ptr + 1, 0)
 
 
 @gluon_jit
@@ -211,11 +246,10 @@ def _attend(
     weight_ptrs,  # of q's norm and of k's, and the rotations
     cache_ptrs,  # keys and values
     tables_ptr,
-    records_ptr,
     partial_ptrs,  # results and their log-sum-exp
     arrivals_ptr,
     out_ptr,
-    numbers,  # scale, eps, table_stride, units
+    numbers,  # scale, eps, table_stride, num_units
     own_q,  # [HEADS, HEAD_DIM]
     own_weights,  # [HEADS, TILE]
     memories,  # as in `_stream`
@@ -227,17 +261,18 @@ def _attend(
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    QUEUED: gl.constexpr,
     MERGED: gl.constexpr,
     RAW: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """What the other warps do: attend with the queries of each unit."""
-    scale, eps, table_stride, units = numbers
+    scale, eps, table_stride, num_units = numbers
     q_weight_ptr, k_weight_ptr, cos_sin_ptr = weight_ptrs
     key_ptr, value_ptr = cache_ptrs
     partial_out_ptr, partial_lse_ptr = partial_ptrs
-    keys, values = memories
-    keys_ready, values_ready, keys_free, values_free = barriers
+    keys, values, units = memories
+    keys_ready, values_ready, keys_free, values_free, unit_ready, unit_free = barriers
     HALF: gl.constexpr = HEAD_DIM // 2
     ALL_HEADS: gl.constexpr = KV_HEADS * (GROUP + 2)
     PRODUCTS: gl.constexpr = products_layout(HEADS, 4)  # of [TILE, HEADS] and of [HEAD_DIM, HEADS]
@@ -260,12 +295,24 @@ def _attend(
         k_weights = (k_first.to(gl.float32), k_second.to(gl.float32))
     stage = 0
     phase = 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    slot = 0
+    slot_phase = 0
+    hopper.mbarrier.wait(unit_ready.index(slot), slot_phase)
+    unit = _hear(slot, 0, units)
+    while unit < num_units:
         kv_head = unit % KV_HEADS
         split = unit // KV_HEADS
-        row, token, begin, end, first_split, num_splits, kv_len, has_newest = _load_record(
-            records_ptr, unit, KV_HEADS, RAW
-        )
+        row = _hear(slot, 1, units)
+        token = _hear(slot, 2, units)
+        begin = _hear(slot, 3, units)
+        end = _hear(slot, 4, units)
+        first_split = _hear(slot, 5, units)
+        num_splits = _hear(slot, 6, units)
+        kv_len = _hear(slot, 7, units)
+        hopper.mbarrier.arrive(unit_free.index(slot), count=1)
+        has_newest = (begin < end) & (end == kv_len)
+        if RAW:
+            end = gl.minimum(end, kv_len - 1)
         own_head = kv_head * GROUP + member
         is_member = (member < GROUP)[:, None]
         places = (token.to(gl.int64) * (KV_HEADS * GROUP) + own_head)[:, None] * HEAD_DIM + column[None, :]
@@ -375,6 +422,12 @@ def _attend(
                     *(partial_out_ptr, partial_lse_ptr, out_ptr, first_split, num_splits, token, kv_head),
                     *(KV_HEADS, GROUP, HEADS, HEAD_DIM, MERGED),
                 )
+        slot += 1
+        if slot == QUEUED:
+            slot = 0
+            slot_phase ^= 1
+        hopper.mbarrier.wait(unit_ready.index(slot), slot_phase)
+        unit = _hear(slot, 0, units)
     wait(PDL)  # also without a unit
 
 
@@ -452,6 +505,7 @@ def decode_kernel(
     partial_out_ptr,  # [splits, KV_HEADS * GROUP, HEAD_DIM] float32, written for rows of several splits
     partial_lse_ptr,  # [splits, KV_HEADS * GROUP] float32, base 2, likewise
     arrivals_ptr,  # [rows, KV_HEADS] int32, zero before and after
+    tickets_ptr,  # [2] int32, zero before and after: units that were taken beside the first ones, programs that ended
     out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     scale,
     eps,
@@ -464,6 +518,7 @@ def decode_kernel(
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    QUEUED: gl.constexpr,
     MERGED: gl.constexpr,
     RAW: gl.constexpr,
     PDL: gl.constexpr,
@@ -471,7 +526,7 @@ def decode_kernel(
     """One program: every so-manieth unit. What is read before `wait`, and why it may be: `attention._decode_kernel`."""
     begin_dependents(PDL)
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
+    num_units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], key_tiles.layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], value_tiles.layout)
     own_q = gl.allocate_shared_memory(dtype, [HEADS, HEAD_DIM], key_tiles.layout)
@@ -485,8 +540,14 @@ def decode_kernel(
         hopper.mbarrier.init(values_ready.index(stage), count=1)
         hopper.mbarrier.init(keys_free.index(stage), count=1)
         hopper.mbarrier.init(values_free.index(stage), count=1)
-    memories = (keys, values)
-    barriers = (keys_ready, values_ready, keys_free, values_free)
+    units = gl.allocate_shared_memory(gl.int32, [QUEUED * _NUMBERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    unit_ready = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
+    unit_free = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
+    for slot in gl.static_range(QUEUED):
+        hopper.mbarrier.init(unit_ready.index(slot), count=1)
+        hopper.mbarrier.init(unit_free.index(slot), count=1)
+    memories = (keys, values, units)
+    barriers = (keys_ready, values_ready, keys_free, values_free, unit_ready, unit_free)
     gl.warp_specialize(
         [
             (
@@ -496,11 +557,10 @@ def decode_kernel(
                     (q_weight_ptr, k_weight_ptr, cos_sin_ptr),
                     (key_ptr, value_ptr),
                     tables_ptr,
-                    records_ptr,
                     (partial_out_ptr, partial_lse_ptr),
                     arrivals_ptr,
                     out_ptr,
-                    (scale, eps, table_stride, units),
+                    (scale, eps, table_stride, num_units),
                     own_q,
                     own_weights,
                     memories,
@@ -512,6 +572,7 @@ def decode_kernel(
                     BLOCK_SIZE,
                     TILE,
                     STAGES,
+                    QUEUED,
                     MERGED,
                     RAW,
                     PDL,
@@ -524,8 +585,9 @@ def decode_kernel(
                     value_tiles,
                     tables_ptr,
                     records_ptr,
+                    tickets_ptr,
                     table_stride,
-                    units,
+                    num_units,
                     memories,
                     barriers,
                     KV_HEADS,
@@ -533,6 +595,7 @@ def decode_kernel(
                     BLOCK_SIZE,
                     TILE,
                     STAGES,
+                    QUEUED,
                     RAW,
                     PDL,
                 ),
