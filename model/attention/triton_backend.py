@@ -14,9 +14,10 @@ from model.kernels.rope_kv import Projected
 from model.kernels.runtime import wanted
 
 _FEW_PROGRAMS = 128
-"""So many rows times KV heads are decoded in one launch with the norms and RoPE: one for each of a Hopper's 132
-multiprocessors. With twice as many it is slower. With a power of two, a step and the graph that it is padded to are on
-the same side. A lone row is left out: it is split among many programs, each of which would norm and rotate the same."""
+"""Where keys do not stream (`decode_attention`), so many rows times KV heads are decoded in one launch with the norms
+and RoPE: one for each of a Hopper's 132 multiprocessors. With twice as many it is slower. With a power of two, a step
+and the graph that it is padded to are on the same side. A lone row is left out: it is split among many programs, each
+of which would norm and rotate the same."""
 
 
 class TritonAttention:
@@ -75,10 +76,11 @@ class TritonAttention:
     def decode(
         self, projected: Projected, key_cache: torch.Tensor, value_cache: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor | None:
-        """Return what `forward` does, for steps of few rows of one query; see `AttentionBackend`."""
+        """Return what `forward` does, for steps of rows of one query where that pays; see `AttentionBackend`."""
+        if inputs.num_decode_rows < inputs.num_rows or not wanted("fused_decode"):
+            return None
         few = inputs.num_rows > 1 and inputs.num_rows * self._num_kv_heads <= _FEW_PROGRAMS
-        few = few or streams(self._num_heads, self._head_dim, key_cache)
-        if not few or inputs.num_decode_rows < inputs.num_rows or not wanted("fused_decode"):
+        if not few and not streams(self._num_heads, self._head_dim, key_cache):
             return None
         return paged_decode_triton(
             projected, key_cache, value_cache, inputs.block_tables, self._scale, inputs.attention_plan

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.decode_attention import streamed_decode, streams
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.prefill_attention import QUERIES, overlapped_prefill, overlaps
 from model.kernels.rope_kv import Projected
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
@@ -38,7 +38,7 @@ class Splitting:
 
     programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
     min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
-    max_whole: int = 384  # rows of up to so many keys are not split at all
+    max_whole: int = 512  # rows of up to so many keys are not split at all
     long_keys: int = 1024  # longer splits are split further, so that programs end together, ...
     max_programs: int = 1056  # ... into so many programs
 

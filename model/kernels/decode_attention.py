@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.kernels.rope_kv import Projected
-from model.kernels.runtime import constexpr, fetches_tiles, gl, gluon_constexpr, gluon_jit, gluon_jit_once, hopper, triton
+from model.kernels.runtime import (
+    constexpr,
+    fetches_tiles,
+    gl,
+    gluon_constexpr,
+    gluon_jit,
+    gluon_jit_once,
+    hopper,
+    multiprocessors,
+    triton,
+)
 from model.kernels.tiles import begin_dependents, copy_tile, products_layout, thread_barrier, tiles_of, wait
 
 if TYPE_CHECKING:
@@ -32,6 +42,8 @@ _HEAD_DIM = 128
 _MAX_GROUP = 16
 _STAGES = 3  # tiles of keys, and as many of values, in a program's ring
 _PROGRAMS = 2  # that run on a multiprocessor at a time
+_PIECE = 16  # keys of a tile that are fetched at a time: of the last tile no more than these are fetched for nothing
+_FETCHED = constexpr(_PIECE)
 _NUMBERS = constexpr(8)  # that tell of a unit
 _MERGED = 8  # splits whose results a merge loads at a time
 
@@ -64,9 +76,10 @@ def streamed_decode(
     group = out.shape[1] // kv_heads
     # A pointer that nothing is read through stands for what is not given.
     weights = (q, q, q) if projected is None else (projected.q_weight, projected.k_weight, projected.cos_sin)
-    tiles = (tiles_of(cache.view(-1, kv_heads * head_dim), TILE, head_dim) for cache in (key_cache, value_cache))
+    caches = (cache.view(-1, kv_heads * head_dim) for cache in (key_cache, value_cache))
+    tiles = (tiles_of(cache, _PIECE, head_dim) for cache in caches)
     max_units = kv_heads * plan.splits.records.shape[0]
-    programs = _PROGRAMS * torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = _PROGRAMS * multiprocessors(q.device)
     options = {"launch_pdl": True} if pdl else {}
     decode_kernel[(min(programs, max_units),)](
         q,
@@ -123,6 +136,18 @@ def _hear(slot, INDEX: gl.constexpr, units):
 
 
 @gluon_jit
+def _fetch(tiles, cache_row, column, memory, ready, wanted, TILE: gl.constexpr):
+    """Ask for the keys, or values, of a tile, of which `wanted` or more are there: no more than these and a few."""
+    PIECES: gl.constexpr = TILE // _FETCHED
+    pieces = gl.minimum((wanted + _FETCHED - 1) // _FETCHED, PIECES)
+    for number in gl.static_range(1, PIECES + 1):  # a barrier expects a constant
+        hopper.mbarrier.expect(ready, number * _FETCHED * memory.shape[1] * 2, pred=pieces == number)
+    for piece in gl.static_range(PIECES):
+        place = [cache_row + piece * _FETCHED, column]
+        copy_tile(tiles, place, ready, memory.slice(piece * _FETCHED, _FETCHED), pred=piece < pieces)
+
+
+@gluon_jit
 def _stream(
     key_tiles,
     value_tiles,
@@ -155,7 +180,7 @@ def _stream(
     unit = gl.program_id(0)
     while unit < num_units:
         split = unit // KV_HEADS
-        kv_head = unit % KV_HEADS
+        column = unit % KV_HEADS * HEAD_DIM
         record = records_ptr + split * 8
         row = gl.load(record)
         token = gl.load(record + 1)
@@ -183,15 +208,13 @@ def _stream(
         table_ptr = tables_ptr + row.to(gl.int64) * table_stride
         block = gl.load(table_ptr + begin // BLOCK_SIZE, mask=begin < end, other=0)
         for start in range(begin, end, TILE):
-            place = [block * BLOCK_SIZE + start % BLOCK_SIZE, kv_head * HEAD_DIM]
+            cache_row = block * BLOCK_SIZE + start % BLOCK_SIZE
             ahead = start + TILE
             block = gl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
             hopper.mbarrier.wait(keys_free.index(stage), phase)
-            hopper.mbarrier.expect(keys_ready.index(stage), TILE * HEAD_DIM * 2)
-            copy_tile(key_tiles, place, keys_ready.index(stage), keys.index(stage))
+            _fetch(key_tiles, cache_row, column, keys.index(stage), keys_ready.index(stage), end - start, TILE)
             hopper.mbarrier.wait(values_free.index(stage), phase)
-            hopper.mbarrier.expect(values_ready.index(stage), TILE * HEAD_DIM * 2)
-            copy_tile(value_tiles, place, values_ready.index(stage), values.index(stage))
+            _fetch(value_tiles, cache_row, column, values.index(stage), values_ready.index(stage), end - start, TILE)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -356,6 +379,7 @@ def _attend(
             wait(PDL)
             own_q.store(gl.load(q_ptr + places, mask=is_member, other=0.0))
             hopper.fence_async_shared()
+        begin_dependents(PDL)
 
         if begin < end:
             hopper.mbarrier.wait(keys_ready.index(stage), phase)
@@ -429,6 +453,7 @@ def _attend(
         hopper.mbarrier.wait(unit_ready.index(slot), slot_phase)
         unit = _hear(slot, 0, units)
     wait(PDL)  # also without a unit
+    begin_dependents(PDL)
 
 
 @gluon_jit
@@ -470,8 +495,8 @@ def _merge(
             lse = gl.load(partial_lse_ptr + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
             places = heads[:, None] * HEAD_DIM + column[None, :]
             partial = gl.load(partial_out_ptr + places, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            lses = lses + (lse,)
-            partials = partials + (partial,)
+            lses = lses + (lse,)  # noqa: RUF005 (kernels know no starred lists)
+            partials = partials + (partial,)  # noqa: RUF005
         for index in gl.static_range(MERGED):
             new_highest = gl.maximum(new_highest, lses[index])
         # Rows of nobody have seen nothing.
@@ -495,7 +520,7 @@ def decode_kernel(
     q_weight_ptr,  # [HEAD_DIM], read only with RAW
     k_weight_ptr,  # [HEAD_DIM], read only with RAW
     cos_sin_ptr,  # [max_positions, HEAD_DIM] float32, read only with RAW
-    key_tiles,  # descriptors of the cache, as [cache rows, KV_HEADS * HEAD_DIM] in tiles of TILE keys of one head
+    key_tiles,  # descriptors of the cache, as [cache rows, KV_HEADS * HEAD_DIM] in tiles of `_FETCHED` keys of one head
     value_tiles,
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM], written with RAW
     value_ptr,  # same
@@ -524,7 +549,6 @@ def decode_kernel(
     PDL: gl.constexpr,
 ):
     """One program: every so-manieth unit. What is read before `wait`, and why it may be: `attention._decode_kernel`."""
-    begin_dependents(PDL)
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     num_units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], key_tiles.layout)

@@ -9,8 +9,8 @@ own. A kernel that is launched so keeps three rules, and kernels that are not ma
   embedding, so that whatever was launched before the pass has ended by then.)
 - Every program calls `wait`, also one without work. A kernel then ends after all kernels before it have ended, so that
   waiting for the last one is waiting for all.
-- `begin_dependents` comes first: it promises nothing about memory, since whoever comes next waits for the end of this
-  kernel and not for this call.
+- `begin_dependents` promises nothing about memory, since whoever comes next waits for the end of this kernel and not
+  for this call. It comes first, but for decode attention: what the next kernel fetches would be in the way of queries.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

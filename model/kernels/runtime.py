@@ -42,6 +42,7 @@ __all__ = [
     "is_hopper",
     "jit",
     "jit_once",
+    "multiprocessors",
     "tl",
     "triton",
     "unwanted",
@@ -137,6 +138,12 @@ def use_triton(x: torch.Tensor) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """Tell whether `device` is a GPU of the generation (compute capability 9) that the project measures on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def fetches_tiles(device: torch.device) -> bool:

@@ -1,6 +1,6 @@
 """What kernels in Gluon share: tiles that a tensor memory accelerator brings, and what matrix units leave."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # (As in the other kernel modules.)
 
 from __future__ import annotations

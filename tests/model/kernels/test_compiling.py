@@ -20,7 +20,6 @@ STACK_BYTES = 64  # for a register or two that one or the other version of the c
 ALWAYS = {
     "_admit_kernel",
     "_choose_kernel",
-    "_decode_kernel",
     "_enter_blocks_kernel",
     "_plan_kernel",
     "_peer_sum_kernel",
@@ -32,8 +31,8 @@ ALWAYS = {
     "_silu_and_mul_kernel",
 }
 SMALL_LINEAR = {"_fma_kernel", "ring_kernel"}
-PREFILL = {"prefill_kernel"}  # in Gluon
-PREFILL_ELSEWHERE = {"_prefill_kernel"}
+ATTENTION = {"prefill_kernel", "decode_kernel"}  # in Gluon
+ATTENTION_ELSEWHERE = {"_prefill_kernel", "_decode_kernel"}
 DEPENDENT = SMALL_LINEAR | {
     "_qk_norm_rope_store_kernel",
     "_rms_norm_kernel",
@@ -41,6 +40,7 @@ DEPENDENT = SMALL_LINEAR | {
     "_score_kernel",
     "_choose_kernel",
     "_decode_kernel",
+    "decode_kernel",
     "_peer_sum_kernel",
 }
 
@@ -61,11 +61,11 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("dtype", "without", "others"),
     [
-        ("bfloat16", "", SMALL_LINEAR | PREFILL),
-        ("float32", "", PREFILL_ELSEWHERE),
-        ("bfloat16", "pdl", SMALL_LINEAR | PREFILL),
-        ("bfloat16", "tensor_descriptors", {"_fma_kernel"} | PREFILL_ELSEWHERE),
-        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", PREFILL_ELSEWHERE),
+        ("bfloat16", "", SMALL_LINEAR | ATTENTION),
+        ("float32", "", ATTENTION_ELSEWHERE),
+        ("bfloat16", "pdl", SMALL_LINEAR | ATTENTION),
+        ("bfloat16", "tensor_descriptors", {"_fma_kernel"} | ATTENTION_ELSEWHERE),
+        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", ATTENTION_ELSEWHERE),
     ],
 )
 def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, others: set[str]) -> None:
