@@ -1,10 +1,11 @@
 """Attention of rows of one query in Gluon, for Hopper: keys and values stream on from one unit of work to the next.
 
 A unit is one split of a row (`attention.SplitList`), and of it the query heads that share a KV head. A launch has as
-many programs as the GPU runs at a time, each of which takes every so-manieth unit. One warp of a program asks for tiles
-of keys and values, for the next units too, as soon as there is room in a ring of shared memory; the other four attend.
-So the memory does not idle while a unit's queries come, while its result is stored, or while the launch before still
-runs: keys that earlier steps have stored are asked for before the program waits for it.
+many programs as the GPU runs at a time. Each begins with the unit of its own number, and then takes whichever is next:
+rows are of any length. One warp of a program asks for tiles of keys and values, for the next units too, as soon as
+there is room in a ring of shared memory; the other four attend. So the memory does not idle while a unit's queries
+come, while its result is stored, or while the launch before still runs: keys that earlier steps have stored are asked
+for before the program waits for it.
 
 Heads are few, and matrix units take 64 rows of their left operand. So the tile of keys is the left operand of the
 scores [keys, heads], and that of the values, turned over, the left one of the result [head_dim, heads].
@@ -44,7 +45,8 @@ _STAGES = 3  # tiles of keys, and as many of values, in a program's ring
 _PROGRAMS = 2  # that run on a multiprocessor at a time
 _PIECE = 16  # keys of a tile that are fetched at a time: of the last tile no more than these are fetched for nothing
 _FETCHED = constexpr(_PIECE)
-_NUMBERS = constexpr(8)  # that tell of a unit
+_QUEUED = 4  # units that the warps that attend have been told of, and have not begun
+_NUMBERS = constexpr(8)  # that tell of a unit: its own, and those of its split's record
 _MERGED = 8  # splits whose results a merge loads at a time
 
 
@@ -106,7 +108,7 @@ def streamed_decode(
         BLOCK_SIZE=block_size,
         TILE=TILE,
         STAGES=_STAGES,
-        QUEUED=4,
+        QUEUED=_QUEUED,
         MERGED=_MERGED,
         RAW=projected is not None,
         PDL=pdl,
@@ -124,7 +126,7 @@ def _heads_layout(columns):
 
 @gluon_jit
 def _tell(number, slot, INDEX: gl.constexpr, units):
-    """Leave a number of a unit for the warps that attend."""
+    """Leave a number of a unit for the warps that attend, in one of the queue's places."""
     WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     units.index(slot * _NUMBERS + INDEX).store(gl.full([1], 0, gl.int32, WARP) + number)
 
@@ -219,15 +221,18 @@ def _stream(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        wait(PDL)  # only then has the launch before put the tickets back
-        unit = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+        unit = num_units
+        if num_units > programs:
+            wait(PDL)  # only then has the launch before put the tickets back
+            unit = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
     hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
     _tell(unit, slot, 0, units)  # that there is none
     hopper.mbarrier.arrive(unit_ready.index(slot), count=1)
-    wait(PDL)
-    if gl.atomic_add(tickets_ptr + 1, 1, sem="acq_rel") == programs - 1:  # nobody takes any more
-        gl.store(tickets_ptr, 0)
-        gl.store(tickets_ptr + 1, 0)
+    if num_units > programs:
+        wait(PDL)
+        if gl.atomic_add(tickets_ptr + 1, 1, sem="acq_rel") == programs - 1:  # nobody takes any more
+            gl.store(tickets_ptr, 0)
+            gl.store(tickets_ptr + 1, 0)
 
 
 @gluon_jit
@@ -548,7 +553,10 @@ def decode_kernel(
     RAW: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One program: every so-manieth unit. What is read before `wait`, and why it may be: `attention._decode_kernel`."""
+    """One program. What is read before `wait`, and why it may be: `attention._decode_kernel`.
+
+    The next kernel may start when every program has its first queries: what it fetches would be in their way.
+    """
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     num_units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], key_tiles.layout)

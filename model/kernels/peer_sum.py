@@ -172,7 +172,6 @@ def _peer_sum_kernel(
     TWO_SHOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin_dependents(PDL)
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     if TWO_SHOTS:
@@ -201,6 +200,7 @@ def _peer_sum_kernel(
     if NORM:
         weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     wait(PDL)
+    begin_dependents(PDL)
 
     meeting = tl.atomic_add(meetings_ptr + program, 2 if TWO_SHOTS else 1, sem="relaxed") + 1
     _raise_flags(others, is_other, meeting)
