@@ -49,7 +49,7 @@ from worker.runtime import RuntimeConfig, resolve
 from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
 
 GROUPS = (
-    ("attention", r"_decode_kernel|prefill_kernel|_plan_kernel|flash"),
+    ("attention", r"decode_kernel|prefill_kernel|_plan_kernel|flash"),
     ("rope + kv write", r"_qk_norm_rope"),
     ("norm", r"_rms_norm"),
     ("activation", r"_silu"),
