@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 DOMAIN = "lightqwen"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 SERVICE_PREFIX = f"/{DOMAIN}."
+_TRANSIT_S = 0.1  # that a call may have been on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +285,10 @@ def _as_serve_error(error: Exception, method: str) -> ServeError:
 
 
 def _code_of_loss(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
+    """Why a client is gone. That it gives up at its deadline reaches the server as a cancellation, and somewhat early:
+    the server counts the time from when the call arrived, the client from when it was made."""
     remaining = context.time_remaining()
-    expired = remaining is not None and remaining <= 0
+    expired = remaining is not None and remaining <= _TRANSIT_S
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 

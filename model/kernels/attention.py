@@ -164,13 +164,16 @@ def plan_attention(
     head_dim: int,
     dtype: torch.dtype,
     max_chunk_rows: int | None = None,
-    splitting: Splitting = SPLITTING,
+    splitting: Splitting | None = None,
 ) -> AttentionPlan:
     """Divide a step's attention into splits and tiles; the arguments are those of `paged_attention`. Triton only.
+
+    Rows are split as `splitting` says, by default as `SPLITTING`.
 
     The lists depend on the lengths alone, not on how many rows of no query stand behind them: a step gives the same
     bits with and without a CUDA graph's padding.
     """
+    splitting = splitting or SPLITTING
     rows, device = kv_lens.shape[0], kv_lens.device
     max_chunk_rows = rows if max_chunk_rows is None else min(max_chunk_rows, rows)
     target = triton.cdiv(splitting.programs, num_kv_heads)

@@ -19,6 +19,7 @@ from tests.processes import until
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < peer_sums_rank.SIZE, reason="needs two GPUs")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_sum_rightly_whatever_comes_before_and_after(tmp_path: Path, size: int) -> None:

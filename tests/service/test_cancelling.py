@@ -8,11 +8,13 @@ import os
 import signal
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
 
 from lightqwen.v1 import generation_pb2_grpc
+from service.errors import _code_of_loss
 from tests.service.conftest import Served, collect, eventually, generate_request, ids
 from tests.service.fake_leader import MAX_MODEL_LEN
 
@@ -104,6 +106,21 @@ async def test_a_reader_that_does_not_read_hinders_nobody(served: Served) -> Non
         while (response := await call.read()) is not grpc.aio.EOF:
             tokens += len(response.delta.token_ids)
         assert tokens == 250
+
+
+@pytest.mark.parametrize(
+    ("remaining", "code"),
+    [
+        (None, grpc.StatusCode.CANCELLED),
+        (5.0, grpc.StatusCode.CANCELLED),
+        (0.02, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (-0.1, grpc.StatusCode.DEADLINE_EXCEEDED),
+    ],
+)
+def test_a_client_that_gives_up_at_its_deadline_did_not_cancel(remaining: float | None, code: grpc.StatusCode) -> None:
+    """By the server's clock it does so a little early."""
+    context = Mock(spec=grpc.aio.ServicerContext, time_remaining=lambda: remaining)
+    assert _code_of_loss(context) is code
 
 
 async def test_the_deadline_ends_it_with_its_own_status(served: Served) -> None:

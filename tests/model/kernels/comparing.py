@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from model.kernels.attention import SPLITTING, Splitting
+
 ON_GPU = torch.cuda.is_available()
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2 if ON_GPU else 2e-2}
 """Relative error against the exact result that a kernel may show, by the dtype of its inputs and outputs."""
+HOW_SPLIT = SPLITTING if ON_GPU else Splitting(programs=32, max_programs=32)
+"""How decode attention splits rows. A launch has as many programs as there may be splits: on a CPU those take long."""
 MATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-3 if ON_GPU else 2e-2}
 """Relative error against a reference that rounds in the same places. Triton's interpreter truncates to bfloat16."""
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from model.attention import triton_backend
-from model.kernels.attention import SPLITTING, AttentionPlan, Splitting, paged_attention_torch, paged_decode_triton
+from model.kernels.attention import AttentionPlan, Splitting, paged_attention_torch, paged_decode_triton
 from model.kernels.rope_kv import Projected, qk_norm_rope_store_torch
-from tests.model.kernels.comparing import ON_GPU, TOLERANCE, relative_error
+from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, TOLERANCE, relative_error
 from tests.model.kernels.test_attention import Batch, backend_for, make_batch, plan_of
 
 MAX_POSITIONS = 1200
 EPS = 1e-6
 ROWS = [1, 0, 16, 64, 65, *([130, 1025] if ON_GPU else [150])]
 """Lengths, the newest key included: it alone, none, and at the beginnings and ends of blocks and of tiles."""
-SPLIT = replace(SPLITTING, programs=24, max_whole=0)
+SPLIT = replace(HOW_SPLIT, programs=24, max_whole=0)
 
 # heads, kv_heads, head_dim, block_size. Heads of 128 in 16 bits, in blocks of 64 or its multiples, are another kernel's
 # on a Hopper.
@@ -63,12 +63,12 @@ def one_after_the_other(batch: Batch, projected: Projected, slots: torch.Tensor)
     return paged_attention_torch(q, *caches, *lengths, batch.scale), *caches
 
 
-def decode(batch: Batch, projected: Projected, splitting: Splitting = SPLITTING) -> torch.Tensor:
+def decode(batch: Batch, projected: Projected, splitting: Splitting = HOW_SPLIT) -> torch.Tensor:
     plan = plan_of(batch, max_chunk_rows=0, splitting=splitting)
     return paged_decode_triton(projected, batch.key_cache, batch.value_cache, batch.block_tables, batch.scale, plan)
 
 
-@pytest.mark.parametrize("splitting", [SPLITTING, SPLIT, replace(SPLIT, min_keys=100)], ids=["whole", "split", "odd"])
+@pytest.mark.parametrize("splitting", [HOW_SPLIT, SPLIT, replace(SPLIT, min_keys=100)], ids=["whole", "split", "odd"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if ON_GPU else torch.float16], ids=str)
 def test_equals_one_after_the_other(
@@ -159,7 +159,7 @@ def test_newest_keys_are_not_read_from_the_cache(triton_device: torch.device) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 8, 64, 256])
-@pytest.mark.parametrize("splitting", [SPLITTING, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("splitting", [HOW_SPLIT, SPLIT], ids=["whole", "split"])
 def test_units_follow_one_another(triton_device: torch.device, rows: int, splitting: Splitting) -> None:
     """Up to many times as many units as there are programs, of all lengths; and in a graph, with what stands before."""
     lens = [0 if row % 7 == 5 else 1 + (row * 389 + 299) % 700 for row in range(rows)]
