@@ -1,10 +1,10 @@
 """Attention over the paged KV cache, for rows of one query (decode) and of many (prefill chunks) in any mixture.
 
-Both kernels keep a running maximum and sum of base-2 exponentials per query (online softmax, Milakov & Gimelshein 2018;
+All kernels keep a running maximum and sum of base-2 exponentials per query (online softmax, Milakov & Gimelshein 2018;
 FlashAttention-2, Dao 2023) and accumulate in float32. Long decode rows are split over several programs, as in
 flash-decoding; the one that ends last merges what they found, by their log-sum-exp and in a fixed order.
 
-Which program computes what stands in work lists on the device, made once per step (`plan_attention`) and read by every
+What there is to compute stands in work lists on the device, made once per step (`plan_attention`) and read by every
 layer's launches. So a CUDA graph holds launches whose bounds are fixed and whose work follows the lengths of the step.
 
 A decode launch over little data is a chain of loads that wait for one another. So a split's record holds all that its
@@ -22,19 +22,16 @@ from typing import Any
 
 import torch
 
-from model.kernels.decode_attention import streamed_decode, streams
+from model.kernels.decode_attention import MERGED, TILE, streamed_decode, streams
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.prefill_attention import QUERIES, overlapped_prefill, overlaps
 from model.kernels.rope_kv import Projected
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
-_DECODE_TILE = 64  # keys that a decode program reads at a time; splits begin at multiples of it
-_MERGED = 8  # splits whose results a merge loads at a time
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How far rows of one query are split. The defaults are what `bench.splitting` found best on an H100 or H200."""
+    """How far rows of one query are split. The defaults are what is best for `decode_attention` on an H200."""
 
     programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
     min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
@@ -212,7 +209,7 @@ def plan_attention(
         splitting.long_keys,
         KV_HEADS=num_kv_heads,
         ROWS=max(256, triton.next_power_of_2(rows)),
-        TILE=_DECODE_TILE,
+        TILE=TILE,
         QUERIES=queries,
         num_warps=8,
     )
@@ -285,6 +282,7 @@ def _launch_decode(
     """Attend for the rows of one query; `q` is what `projected` holds, where that is given."""
     tensors = (q, out, key_cache, value_cache)
     assert all(x.is_contiguous() for x in tensors), "q, out and the caches are contiguous"
+    assert len({x.dtype for x in tensors}) == 1, "q, out and the caches are of one dtype"
     assert block_tables.stride(1) == 1, "a row's block table is contiguous"
     heads, kv_heads = out.shape[1], key_cache.shape[2]
     if streams(heads, out.shape[2], key_cache):
@@ -311,8 +309,8 @@ def _launch_decode(
         block_tables.stride(0),
         GROUP_BLOCK=group_block,
         DOT_BLOCK=max(16, group_block),
-        MERGED=_MERGED,
-        TILE=_DECODE_TILE,
+        MERGED=MERGED,
+        TILE=TILE,
         RAW=projected is not None,
         PDL=bool(dependent),
         **_shape_of(out, key_cache),

@@ -4,8 +4,8 @@ A unit is one split of a row (`attention.SplitList`), and of it the query heads 
 many programs as the GPU runs at a time. Each begins with the unit of its own number, and then takes whichever is next:
 rows are of any length. One warp of a program asks for tiles of keys and values, for the next units too, as soon as
 there is room in a ring of shared memory; the other four attend. So the memory does not idle while a unit's queries
-come, while its result is stored, or while the launch before still runs: keys that earlier steps have stored are asked
-for before the program waits for it.
+come, while its result is stored, or while the launch before still runs: where the newest keys come with the queries,
+the others, which earlier steps have stored, are asked for before the program waits for it.
 
 Heads are few, and matrix units take 64 rows of their left operand. So the tile of keys is the left operand of the
 scores [keys, heads], and that of the values, turned over, the left one of the result [head_dim, heads].
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from model.kernels.attention import AttentionPlan
 
 TILE = 64
-"""Keys of a tile: as many as the matrix units take rows. Splits begin at multiples of it, and blocks hold as many."""
+"""Keys of a tile: as many as the matrix units take rows. Splits begin at multiples of it, and blocks hold as many or
+several times as many, so that a tile lies in one block."""
 _HEAD_DIM = 128
 _MAX_GROUP = 16
 _STAGES = 3  # tiles of keys, and as many of values, in a program's ring
@@ -47,7 +48,8 @@ _PIECE = 16  # keys of a tile that are fetched at a time: of the last tile no mo
 _FETCHED = constexpr(_PIECE)
 _QUEUED = 4  # units that the warps that attend have been told of, and have not begun
 _NUMBERS = constexpr(8)  # that tell of a unit: its own, and those of its split's record
-_MERGED = 8  # splits whose results a merge loads at a time
+MERGED = 8
+"""Splits whose results a merge loads at a time."""
 
 
 def streams(heads: int, head_dim: int, key_cache: torch.Tensor) -> bool:
@@ -109,7 +111,7 @@ def streamed_decode(
         TILE=TILE,
         STAGES=_STAGES,
         QUEUED=_QUEUED,
-        MERGED=_MERGED,
+        MERGED=MERGED,
         RAW=projected is not None,
         PDL=pdl,
         num_warps=4,
@@ -139,7 +141,7 @@ def _hear(slot, INDEX: gl.constexpr, units):
 
 @gluon_jit
 def _fetch(tiles, cache_row, column, memory, ready, wanted, TILE: gl.constexpr):
-    """Ask for the keys, or values, of a tile, of which `wanted` or more are there: no more than these and a few."""
+    """Ask for the keys, or values, of a tile, up to the `wanted`-th, which may lie behind it; and for a few more."""
     PIECES: gl.constexpr = TILE // _FETCHED
     pieces = gl.minimum((wanted + _FETCHED - 1) // _FETCHED, PIECES)
     for number in gl.static_range(1, PIECES + 1):  # a barrier expects a constant
@@ -553,7 +555,8 @@ def decode_kernel(
     RAW: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One program. What is read before `wait`, and why it may be: `attention._decode_kernel`.
+    """One program. What is read before `wait`, and why it may be: `attention._decode_kernel`; how many
+    units there are stands in the same lists.
 
     The next kernel may start when every program has its first queries: what it fetches would be in their way.
     """

@@ -5,12 +5,13 @@ own. A kernel that is launched so keeps three rules, and kernels that are not ma
 
 - Before `wait` a program reads only what no kernel of the forward pass writes: weights, tables, the step's inputs, and
   places of the KV cache that earlier steps wrote.
-  Everything else is read, and anything at all is written, after it. (The pass begins with a kernel without PDL, the
-  embedding, so that whatever was launched before the pass has ended by then.)
+  Everything else is read, and anything at all is written, after it. (The pass begins with kernels without PDL,
+  attention's lists and the embedding, so that whatever was launched before them has ended by then, and the lists too.)
 - Every program calls `wait`, also one without work. A kernel then ends after all kernels before it have ended, so that
   waiting for the last one is waiting for all.
 - `begin_dependents` promises nothing about memory, since whoever comes next waits for the end of this kernel and not
-  for this call. It comes first, but for decode attention: what the next kernel fetches would be in the way of queries.
+  for this call. It comes first, but where a kernel waits for few bytes again and again, in whose way would be what the
+  next one fetches: sums over ranks call it behind `wait`, and `decode_attention` when it has its first queries.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

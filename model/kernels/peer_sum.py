@@ -200,7 +200,7 @@ def _peer_sum_kernel(
     if NORM:
         weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     wait(PDL)
-    begin_dependents(PDL)
+    begin_dependents(PDL)  # not before: the next layer's weights would be in the way of this one's
 
     meeting = tl.atomic_add(meetings_ptr + program, 2 if TWO_SHOTS else 1, sem="relaxed") + 1
     _raise_flags(others, is_other, meeting)

@@ -1,4 +1,5 @@
-"""What kernels in Gluon share: tiles that a tensor memory accelerator brings, and what matrix units leave."""
+"""What kernels in Gluon share: tiles that a tensor memory accelerator brings, what matrix units leave, and dependent
+launches."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (As in the other kernel modules.)

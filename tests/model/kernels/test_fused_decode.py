@@ -9,8 +9,9 @@ import torch
 
 from model.attention import triton_backend
 from model.kernels.attention import AttentionPlan, Splitting, paged_attention_torch, paged_decode_triton
+from model.kernels.norm import rms_norm
 from model.kernels.rope_kv import Projected, qk_norm_rope_store_torch
-from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, TOLERANCE, relative_error
+from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, ON_HOPPER, TOLERANCE, relative_error
 from tests.model.kernels.test_attention import Batch, backend_for, make_batch, plan_of
 
 MAX_POSITIONS = 1200
@@ -158,22 +159,67 @@ def test_newest_keys_are_not_read_from_the_cache(triton_device: torch.device) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 8, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_where_keys_stream_any_number_of_rows_is_fused(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+) -> None:
+    if not ON_HOPPER:
+        pytest.skip("keys stream on a Hopper")
+    monkeypatch.setattr(triton_backend, "_FEW_PROGRAMS", 0)
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 128, "block_size": 64}
+    batch = make_batch([(1, 1 + 29 * row) for row in range(rows)], **shape, dtype=dtype, device=triton_device)
+    projected, slots = make_projected(batch), forget_newest(batch)
+    expected, *_ = one_after_the_other(batch, projected, slots)
+    inputs, backend = batch.step_inputs(num_decode_rows=rows), backend_for(batch)
+    inputs.attention_plan = backend.plan(inputs)
+    out = backend.decode(projected, batch.key_cache, batch.value_cache, inputs)
+    assert out is not None
+    assert worst_error(out, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 33, 34, 256])  # 264 units, of 33 rows, are one for each program
 @pytest.mark.parametrize("splitting", [HOW_SPLIT, SPLIT], ids=["whole", "split"])
-def test_units_follow_one_another(triton_device: torch.device, rows: int, splitting: Splitting) -> None:
-    """Up to many times as many units as there are programs, of all lengths; and in a graph, with what stands before."""
-    lens = [0 if row % 7 == 5 else 1 + (row * 389 + 299) % 700 for row in range(rows)]
+def test_layers_follow_one_another(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int, splitting: Splitting
+) -> None:
+    """As in a step: one plan, and before each launch a dependent one that writes what it reads."""
+    lens = [0 if row % 7 == 5 else 1 + (row * 389 + 299) % 500 for row in range(rows)]
     shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 64}
     batch = make_batch([(1, kv_len) for kv_len in lens], **shape, dtype=torch.bfloat16, device=triton_device)
     projected, slots = make_projected(batch), forget_newest(batch)
-    expected, *_ = one_after_the_other(batch, projected, slots)
-    other = replace(projected, qkv=projected.qkv.roll(1, 0))
-    decode(batch, other, splitting)  # compiles
+    sources = [torch.randn_like(projected.qkv) for _ in range(2)]
+    ones = torch.ones_like(sources[0][0])
+    plan = plan_of(batch, max_chunk_rows=0, splitting=splitting)
+    caches = (batch.key_cache, batch.value_cache)
+
+    def layers() -> list[torch.Tensor]:
+        outs = []
+        for source in sources * 2:
+            of_layer = replace(projected, qkv=rms_norm(source, ones, EPS))
+            outs.append(paged_decode_triton(of_layer, *caches, batch.block_tables, batch.scale, plan))
+        return outs
+
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl")
+    expected = layers()
+    for source, out in zip(sources, expected, strict=False):
+        of_layer = replace(projected, qkv=rms_norm(source, ones, EPS))
+        assert worst_error(out, one_after_the_other(batch, of_layer, slots)[0]) < 2 * TOLERANCE[torch.bfloat16]
+    monkeypatch.delenv("LIGHTQWEN_WITHOUT")
+    layers()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for of_step in (other, projected, other, projected):
-            out = decode(batch, of_step, splitting)
-    for _ in range(5):
+        outs = layers()
+    for _ in range(10):
         forget_newest(batch)
         graph.replay()
-        assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16]
+        assert all(map(torch.equal, outs, expected))
+    assert not plan.tickets.any()
+    assert not plan.arrivals.any()
+
+
+def worst_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of one head of one row [rows, heads, head_dim]: of all together, one does not show."""
+    out, expected = out.double(), expected.double()
+    return float(((out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
