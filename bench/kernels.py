@@ -23,9 +23,16 @@ import torch
 from bench.provenance import json_file, provenance
 from bench.shapes import SIZES, write_config
 from model.kernels.activation import silu_and_mul
-from model.kernels.attention import SPLITTING, Splitting, paged_attention_triton, plan_attention
+from model.kernels.attention import (
+    SPLITTING,
+    Splitting,
+    paged_attention_triton,
+    paged_decode_triton,
+    plan_attention,
+)
+from model.kernels.decode_attention import streams
 from model.kernels.norm import add_rms_norm
-from model.kernels.rope_kv import qk_norm_rope_store
+from model.kernels.rope_kv import Projected, qk_norm_rope_store
 from model.sampler import SamplingTables, sample
 
 BATCHES = (1, 8, 64, 256)
@@ -156,7 +163,10 @@ def elementwise_cases(shape: Shape, block_size: int) -> Iterator[Case]:
 def make_attention(
     shape: Shape, rows: int, queries: int, kv_len: int, block_size: int, splitting: Splitting = SPLITTING
 ) -> Call:
-    """Return a layer's launch over rows whose blocks lie in random order; the step's plan is made before."""
+    """Return a layer's launch over rows whose blocks lie in random order; the step's plan is made before.
+
+    Rows of one query are launched as steps of decodes alone do it: where keys stream, with norms, RoPE and storing.
+    """
     heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     blocks_per_row = -(-kv_len // block_size)
     key_cache, value_cache = (randn(rows * blocks_per_row, block_size, kv_heads, head_dim) for _ in range(2))
@@ -175,6 +185,17 @@ def make_attention(
         max_chunk_rows=0 if queries == 1 else rows,
         splitting=splitting,
     )
+    if queries == 1 and streams(heads, head_dim, key_cache):
+        projected = Projected(
+            qkv=randn(rows, (heads + 2 * kv_heads) * head_dim),
+            q_weight=randn(head_dim),
+            k_weight=randn(head_dim),
+            cos_sin=torch.randn(kv_len, head_dim, device="cuda"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            eps=EPS,
+        )
+        return lambda: paged_decode_triton(projected, key_cache, value_cache, tables, head_dim**-0.5, plan)
     return lambda: paged_attention_triton(q, key_cache, value_cache, tables, starts, kv_lens, head_dim**-0.5, plan)
 
 
