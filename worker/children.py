@@ -6,7 +6,6 @@ said that it cannot go on (`Fatal`). The ranks of a node come and go together, s
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing.connection
 import os
 import signal
@@ -25,6 +24,7 @@ from worker.channel import private_endpoint
 from worker.client import EngineEndpoint
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, FromChild, Heartbeat, Progress, Serving, SupervisorEnd, Up
+from worker.parent import end_with
 from worker.vitals import Pulse
 
 Facts = dict[str, str | int | float]
@@ -272,8 +272,4 @@ def _settle(parent: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
+    end_with(parent)

@@ -7,9 +7,11 @@ by the run-ahead depth; on the CPU `launch` does the work. Leader and followers 
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from model.config import Qwen3Config
 from model.inputs import StepInputs
+from model.kernels.ahead import compile_ahead
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
@@ -26,10 +29,11 @@ from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
 from model.weights import load_model
 from worker.config import ConfigError, EngineConfig
+from worker.parent import end_with
 from worker.plan import NO_ADMISSION, StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
 from worker.shapes import StepShape, step_shapes
-from worker.tables import SlotTables, upload
+from worker.tables import Rows, SlotTables, upload
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,11 @@ Progress = Callable[[str, int, int], None]
 
 _RESERVE_BYTES = 512 << 20
 """GPU memory left to what is not counted: CUDA graphs, communication buffers, cuBLAS workspaces."""
+
+_MAX_COMPILING = 16
+"""Processes of a rank that compile kernels: each takes some 0.3 GB, and the longest kernel 3 s."""
+
+_TRIED_LAYERS = 2  # the last one is followed by another norm
 
 _MIN_SHARED_ROWS = 32
 """From so many rows on, ranks share out the sampling.
@@ -168,10 +177,14 @@ class Runner:
     def _step(self, slots: torch.Tensor, query_lens: torch.Tensor, bounds: StepBounds) -> torch.Tensor:
         """The whole step on the device; returns [rows] int32."""
         inputs, rows = self._tables.prepare(slots, query_lens, bounds)
+        return self._finish(inputs, rows, bounds)
+
+    def _finish(self, inputs: StepInputs, rows: Rows, bounds: StepBounds) -> torch.Tensor:
+        """What a step does once its inputs are there."""
         hidden = self._model(inputs, self._kv_cache)
         if bounds.max_chunk_rows:  # else each row's only token is its last
             hidden = hidden[rows.last_tokens]
-        return self._tables.retire(rows, self._draw(hidden, slots, rows.lengths))
+        return self._tables.retire(rows, self._draw(hidden, rows.slots, rows.lengths))
 
     def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Sample from the hidden states of the rows' last tokens: [rows] int32, the same on every rank."""
@@ -184,18 +197,37 @@ class Runner:
 
     def warm_up(self) -> None:
         """Run eager steps of every kind on dead rows, so that no request waits for a kernel to be compiled."""
+        for plan in self._dead_plans():
+            self.launch(plan)
+            self.collect()
+        self._admit_nobody()
+
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """Launch what `warm_up` does, and what enters blocks, where launches are only tried (`compile_ahead`)."""
+        for plan in self._dead_plans():
+            slots, query_lens = (upload(array, self._runtime.device) for array in (plan.slots, plan.query_lens))
+            inputs, rows = self._tables.prepare(slots, query_lens, plan.bounds)
+            # PyTorch, which does launch, follows what nobody has written.
+            inputs.token_ids.zero_()
+            rows.last_tokens.zero_()
+            self._finish(inputs, rows, plan.bounds)
+        self._tables.set_blocks(torch.zeros((1, 3), dtype=torch.int32, device=self._runtime.device))
+        self._admit_nobody()
+
+    def _admit_nobody(self) -> None:
+        nobody = upload(NO_ADMISSION.view(np.int32), self._runtime.device)
+        self._tables.admit_records(nobody.view(1, -1), nobody)
+
+    def _dead_plans(self) -> list[StepPlan]:
+        """Steps of dead rows that have every kernel there is."""
         many = self._runtime.max_running
         few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
         longest = min(self._runtime.max_batched_tokens, self._runtime.max_model_len)
         plans = [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
         plans += [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in (0, 1, many - 1)]
         # Tokens of prompts are rows too, of which there may be more than of decodes.
-        plans += [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
-        for plan in plans:
-            self.launch(plan)
-            self.collect()
-        nobody = upload(NO_ADMISSION.view(np.int32), self._runtime.device)
-        self._tables.admit_records(nobody.view(1, -1), nobody)
+        return plans + [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
 
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:
@@ -274,10 +306,20 @@ def build_runner(
     )
     shape_of_block = (runtime.block_size, checkpoint.kv_heads_per_rank(tp.size), checkpoint.head_dim)
     block_bytes = checkpoint.num_hidden_layers * 2 * int(np.prod(shape_of_block)) * runtime.dtype.itemsize
-    progress("sizing the KV cache", 0, 0)
     cache_of_one = torch.zeros(
         (checkpoint.num_hidden_layers, 2, 1, *shape_of_block), dtype=runtime.dtype, device=runtime.device
     )
+    share_sampling = bool(_agree(int(_wants_shared_sampling(tp, runtime)), tp, runtime.device))
+    if runtime.on_gpu and runtime.attention_backend == "triton":  # others follow what is not written in a trial
+        progress("compiling kernels", 0, 0)
+        trial = partial(_try_out, model, tables, cache_of_one, runtime, tp, share_sampling=share_sampling)
+        compile_ahead(
+            trial,
+            processes=min(_MAX_COMPILING, len(os.sched_getaffinity(0)) // len(config.local_ranks)),
+            settle=partial(end_with, os.getpid()),
+            progress=partial(progress, "compiling kernels"),
+        )
+    progress("sizing the KV cache", 0, 0)
     num_blocks = config.num_blocks or _measure_blocks(config, runtime, model, tables, cache_of_one)
     del cache_of_one
     num_blocks = _agree(num_blocks, tp, runtime.device)
@@ -286,13 +328,32 @@ def build_runner(
         remedy = on_gpu if runtime.on_gpu else "raise cpu_kv_gib"
         raise ConfigError(f"no memory for one KV block of {block_bytes} bytes beside weights and activations; {remedy}")
     kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
-    share_sampling = bool(_agree(int(_wants_shared_sampling(tp, runtime)), tp, runtime.device))
     runner = Runner(model, tables, kv_cache, runtime, tp, share_sampling=share_sampling)
     if runtime.on_gpu:
-        progress("compiling kernels", 0, 0)
+        progress("warming up", 0, 0)
         runner.warm_up()
         runner.capture(progress)
     return runner
+
+
+def _try_out(
+    model: Qwen3ForCausalLM,
+    tables: SlotTables,
+    cache_of_one: torch.Tensor,
+    runtime: RuntimeConfig,
+    tp: TensorParallel,
+    *,
+    share_sampling: bool,
+) -> None:
+    """Try all launches of a server, of few layers, since others have the same."""
+    layers = model.model.layers
+    model.model.layers = layers[:_TRIED_LAYERS]
+    try:
+        few = cache_of_one[:_TRIED_LAYERS]
+        _largest_step(runtime, model, tables, few)
+        Runner(model, tables, few, runtime, tp, share_sampling=share_sampling).try_out()
+    finally:
+        model.model.layers = layers
 
 
 def _with_peer_sums(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,16 @@ def test_graphs_give_what_eager_steps_give_bit_for_bit(checkpoint: Path, tempera
         runner, shape = make_runner(checkpoint, cuda_graphs=cuda_graphs)
         outputs.append([generate(runner, shape, submits) for submits in batches])
     assert outputs[0] == outputs[1]
+
+
+def test_the_first_start_compiles_in_other_processes(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.worker.first_start", str(checkpoint)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["others"] >= 20
+    assert len(report["own"]) <= 1, "but for the first, which tells that nothing is there"
 
 
 @pytest.mark.usefixtures("_without")

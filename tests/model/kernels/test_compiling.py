@@ -80,3 +80,24 @@ def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, ot
         assert kernel["shared"] <= SHARED_BYTES, kernel
         assert kernel["stack"] <= STACK_BYTES or dtype == "float32", f"registers are spilled: {kernel}"
         assert kernel["dependent"] == ("pdl" not in without and kernel["name"] in DEPENDENT), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(450)
+def test_what_is_compiled_ahead_is_there_when_steps_launch_it(shape: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.model.kernels.compile_ahead", str(shape)]
+    for first in (True, False):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert not report["launched"], "what is only tried is not launched"
+        assert not report["compiled"], "steps compile what was to be there"
+        assert not report["settled"]
+        total = report["kernels"]
+        if first:
+            assert report["told"][0] == [0, total]
+            assert report["told"][-1] == [total, total]
+        else:  # all of it is in the cache, which the first kernel tells
+            assert not report["told"]

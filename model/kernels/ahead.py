@@ -1,0 +1,152 @@
+"""Compile kernels before a process needs them, several at a time.
+
+A process compiles a kernel when it first launches it, one after the other, and a step has some hundred of them. What
+has been compiled lies in Triton's cache on disk, so that other processes can fill it: threads would wait for one
+another. To learn what is wanted, launches are tried without being made. Forked processes then compile, and touch
+nothing of the GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from model.kernels.runtime import triton
+
+logger = logging.getLogger(__name__)
+
+_WORD = 4  # bytes of a number in a pipe
+
+_Wanted = dict[tuple[str, str], tuple[Any, str]]
+"""Kernels by their names and variants: the function, and what Triton's `preload` is to be told of the variant."""
+
+
+def compile_ahead(
+    launch: Callable[[], object],
+    *,
+    processes: int,
+    settle: Callable[[], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Have in Triton's cache what `launch` launches, without launching it: what kernels would write stays as it is.
+
+    Up to `processes` forked ones compile; each calls `settle` first. `progress` is told how many kernels are done, and
+    of how many. Nothing is forked where the first kernel is in the cache already: the others are taken to be, too. What
+    cannot be compiled is logged, and will be found out by who launches it.
+    """
+    with _launches_tried() as wanted:
+        launch()
+    kernels = list(wanted.values())
+    if processes < 2 or len(kernels) < 2:
+        return
+    began = time.monotonic()
+    if _is_cached(*kernels[0]):
+        return
+    failed = _compile_in_processes(kernels, min(processes, len(kernels)), settle, progress)
+    seconds = time.monotonic() - began
+    logger.info("compiled kernels=%d processes=%d seconds=%.1f", len(kernels), processes, seconds)
+    if failed:
+        logger.warning("compiling kernels ahead failed in %d of %d processes", failed, processes)
+
+
+@contextmanager
+def _launches_tried() -> Iterator[_Wanted]:
+    """Launch nothing, and collect the kernels that this process has not compiled yet."""
+    wanted: _Wanted = {}
+    run = triton.JITFunction.run
+
+    def collect(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        wanted[fn.name, key] = (fn.jit_function, compile["specialization_data"])
+        return True
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    knobs = triton.knobs.runtime
+    before, knobs.jit_cache_hook = knobs.jit_cache_hook, collect
+    triton.JITFunction.run = only_compile  # else those that it has compiled would run, on what the others did not write
+    try:
+        yield wanted
+    finally:
+        triton.JITFunction.run = run
+        knobs.jit_cache_hook = before
+
+
+def _is_cached(function: Any, specialization: str) -> bool:
+    """Compile a kernel, and tell whether it had been."""
+    hits: list[bool] = []
+
+    def listen(*, cache_hit: bool, **_: object) -> None:
+        hits.append(cache_hit)
+
+    knobs = triton.knobs.compilation
+    before, knobs.listener = knobs.listener, listen
+    try:
+        _compile(function, specialization)
+    finally:
+        knobs.listener = before
+    return all(hits)
+
+
+def _compile(function: Any, specialization: str) -> None:
+    kernel = function.preload(specialization)
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # which Triton 3.6 compiles, too
+
+
+def _compile_in_processes(
+    kernels: list[tuple[Any, str]], processes: int, settle: Callable[[], None], progress: Callable[[int, int], None]
+) -> int:
+    """Return how many of the processes failed. Each takes the number of the next kernel from one pipe, and tells of it
+    in another when it is done, which ends when all have."""
+    device = triton.runtime.driver.active.get_current_device()
+    todo, give = os.pipe()
+    told, done = os.pipe()
+    children = []
+    for _ in range(processes):
+        with warnings.catch_warnings():  # of other threads' locks, of which the compiler needs none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(give)
+                os.close(told)
+                settle()
+                code = _take_and_compile(kernels, todo, done, device)
+            finally:
+                os._exit(code)  # nothing of the parent's is to be cleaned up here
+        children.append(child)
+    os.close(todo)
+    os.close(done)
+    try:
+        os.write(give, b"".join(number.to_bytes(_WORD, "little") for number in range(len(kernels))))
+    finally:
+        os.close(give)
+    count = 0
+    progress(count, len(kernels))
+    while arrived := os.read(told, _WORD * len(kernels)):
+        count += len(arrived) // _WORD
+        progress(count, len(kernels))
+    os.close(told)
+    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
+
+
+def _take_and_compile(kernels: list[tuple[Any, str]], todo: int, done: int, device: int) -> int:
+    """Compile as long as there is something to do; return 1 if anything failed, else 0."""
+    # PyTorch would ask CUDA, which does not work in a forked process.
+    triton.runtime.driver.active.get_current_device = lambda: device
+    failed = 0
+    while taken := os.read(todo, _WORD):
+        function, specialization = kernels[int.from_bytes(taken, "little")]
+        try:
+            _compile(function, specialization)
+        except Exception:
+            logger.warning("cannot compile %s ahead", function.__name__, exc_info=True)
+            failed = 1
+        os.write(done, taken)
+    return failed
