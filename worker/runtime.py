@@ -15,6 +15,9 @@ from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
 _MIXED_STEP_FLOPS = 2e13  # 600 TFLOP/s for 33 ms; steps of as many have graphs
+_LEAST_MIXED_TOKENS = 1280
+"""Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of
+as many takes any model some ten times as long as a step of few decodes, whose time grows with the weights as well."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -62,7 +65,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
         max_model_len=_max_model_len(config, checkpoint),
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
-        max_mixed_tokens=_max_mixed_tokens(config, max_batched_tokens, max_running, flops_per_token, on_gpu),
+        max_mixed_tokens=max_mixed_tokens(config, max_batched_tokens, max_running, flops_per_token, on_gpu=on_gpu),
         flops_per_token=flops_per_token,
         block_size=config.block_size,
         cuda_graphs=config.cuda_graphs and on_gpu,
@@ -71,12 +74,17 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     )
 
 
-def _max_mixed_tokens(
-    config: EngineConfig, max_batched_tokens: int, max_running: int, flops_per_token: float, on_gpu: bool
+def max_mixed_tokens(
+    config: EngineConfig, max_batched_tokens: int, max_running: int, flops_per_token: float, *, on_gpu: bool
 ) -> int:
+    """Return how many tokens a step may compute in which requests decode.
+
+    Raises:
+        ConfigError: what was asked for does not lie between `max_running` and `max_batched_tokens`.
+    """
     if config.max_mixed_tokens is None:
         wanted = int(_MIXED_STEP_FLOPS / flops_per_token) // 256 * 256 if on_gpu else max_batched_tokens
-        return min(max(wanted, max_running), max_batched_tokens)
+        return min(max(wanted, _LEAST_MIXED_TOKENS, max_running), max_batched_tokens)
     if not max_running <= config.max_mixed_tokens <= max_batched_tokens:
         raise ConfigError(
             f"max_mixed_tokens={config.max_mixed_tokens} must be at least max_running={max_running}, so that every "

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.shapes import write_config
+from model.config import Qwen3Config
 from worker.channel import private_endpoint
 from worker.children import RankSpec
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, SupervisorEnd
 from worker.rank import run_rank
+from worker.runtime import max_mixed_tokens
 
 
 def reason_of(config: EngineConfig) -> str:
@@ -134,3 +137,15 @@ def test_weights_that_do_not_fit(config: EngineConfig, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("worker.rank.build_runner", too_much)
     assert "raise tensor_parallel_size" in reason_of(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "tokens"),
+    [("0.6B", 1, 8192), ("8B", 2, 2816), ("8B", 1, 1280), ("32B", 2, 1280), ("32B", 1, 1280)],
+)
+def test_large_models_have_room_for_prompts_beside_decodes(
+    config: EngineConfig, tmp_path: Path, size: str, ranks: int, tokens: int
+) -> None:
+    shape = Qwen3Config.from_folder(write_config(size, tmp_path))
+    flops = 2 * shape.layer_parameters / ranks
+    assert max_mixed_tokens(changed(config, max_batched_tokens=None), 8192, 256, flops, on_gpu=True) == tokens
