@@ -116,7 +116,7 @@ class Sums:
     def _room(self, all_reduce: PeerSums, place: Place) -> torch.Tensor:
         room = all_reduce.room(self._nccl.shape, DTYPE, place)
         assert room is not None
-        return room
+        return room.memory
 
 
 def time_call(call: Call) -> float:
@@ -203,7 +203,7 @@ def crossover(results: Sequence[Result], size: int) -> str:
     """
     fastest = groupby(results, key=lambda result: min(WITH_NORM, key=lambda kind: result.us[kind]))
     wins = ", ".join(f"{kind.removesuffix(', norm')} from {next(same).rows} on" for kind, same in fastest)
-    width, limits = results[0].width, Limits.of(size, DTYPE)
+    width, limits = results[0].width, Limits.of(size, DTYPE, push=False)
     used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {limits.two_shots // width}"
     return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond"
 

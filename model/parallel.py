@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from model.kernels.norm import add_rms_norm
-from model.peer_sums import PeerSums, Place
+from model.peer_sums import PeerSums, Place, Room
 
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,7 +30,7 @@ class TensorParallel:
     def single(cls) -> TensorParallel:
         return cls()
 
-    def room_for_summand(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> torch.Tensor | None:
+    def room_for_summand(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
         """Where a sum would have its next argument [rows, width] written, to save a copy; None: it does not mind."""
         return None if self.peer_sums is None else self.peer_sums.room(shape, dtype, place)
 
@@ -47,15 +47,23 @@ class TensorParallel:
         return x
 
     def all_reduce_add_rms_norm(
-        self, x: torch.Tensor, place: Place, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        place: Place,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        pushed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up.
+        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up. `pushed`: each rank has written it
+        where the room's `push` says, too.
 
         The normed rows are the same bits on every rank, and there until the next sum. The second result is good for one
         thing only, being the residual of the next sum of this shape: of large tensors, each rank has a part of it.
         """
         if self.peer_sums is not None:
-            done = self.peer_sums.sum_add_rms_norm(x, place, residual, weight, eps)
+            done = self.peer_sums.sum_add_rms_norm(x, place, residual, weight, eps, pushed=pushed)
             if done is not None:
                 return done
         if self.group is not None:

@@ -5,8 +5,9 @@ every rank has its summand written where the others can read it (PyTorch's symme
 rank sums what all have written (`model.kernels.peer_sum`), with the residual addition and the norm that follow. All of
 that happens on the device, in memory that is allocated before, so it can be captured in a CUDA graph.
 
-Small tensors are summed in one shot: every rank sums all rows. Larger ones, as prefills have, in two: a rank sums only
-the rows that it owns, and writes the results to all others. What is larger still is left to NCCL.
+Small tensors are summed in one shot: every rank sums all rows. Those of few rows are pushed to the others by the layer
+that makes them, if it can, else they are read by them. Larger ones, as prefills have, are summed in two shots: a rank
+sums only the rows that it owns, and writes the results to all others. What is larger still is left to NCCL.
 
 NVLink multicast is neither used nor set up.
 """
@@ -15,14 +16,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 
 from model.errors import ModelError
-from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
+from model.kernels.peer_sum import EMPTY, Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
 
 MAX_PEER_BYTES = 1 << 20
 """What a rank reads from all others in one shot at most. Larger tensors are summed in two.
@@ -42,8 +43,13 @@ nothing was measured. The bound is on the memory, of which twice as much is allo
 padded to a graph beyond it, which is NCCL's: 1.7B's of 4,097 to 5,120 tokens, and 8B's of 2,049 to 2,560 on 8 ranks.)
 """
 
+MAX_PUSHED_BYTES = 320 << 10
+"""The largest summand of a rank that is pushed: 32 rows of 5,120 in 16 bits."""
+
 MAX_PROGRAMS = 8192
 """Programs that have flags: of a narrow model, there are fewer than the memory has room for."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # of as many bytes
 
 _P2P_ATTRIBUTES = (2, 3)  # CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED and _NATIVE_ATOMIC_SUPPORTED of CUDA's driver
 
@@ -62,15 +68,30 @@ class Place(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Elements of the largest tensor that is summed in one shot, and of the largest that is summed in two."""
+    """Elements of the largest tensor that is summed in one shot, of the largest that is summed in two, and of the
+    largest that may be pushed, which is one of the first."""
 
     one_shot: int
     two_shots: int
+    pushed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.pushed <= self.one_shot, "what is pushed is summed in one shot"
 
     @classmethod
-    def of(cls, size: int, dtype: torch.dtype) -> Limits:
-        """What is best for `size` ranks."""
-        return cls(MAX_PEER_BYTES // (size - 1) // dtype.itemsize, MAX_TWO_SHOT_BYTES // dtype.itemsize)
+    def of(cls, size: int, dtype: torch.dtype, *, push: bool) -> Limits:
+        """What is best for `size` ranks, whose layers `push` or do not."""
+        in_one = MAX_PEER_BYTES // (size - 1)
+        pushed = min(MAX_PUSHED_BYTES, in_one) if push else 0
+        return cls(*(most // dtype.itemsize for most in (in_one, MAX_TWO_SHOT_BYTES, pushed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where a summand [rows, width] may be written, so that it need not be copied there."""
+
+    memory: torch.Tensor
+    push: Push | None  # if it is small: where else it may be written to; then the sum must be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +100,7 @@ class _Way:
 
     summand: torch.Tensor  # [numel]: this rank's
     peers: Peers
+    pushed: Peers | None = None  # the same, of summands that have been pushed
 
     def takes(self, shape: torch.Size, dtype: torch.dtype) -> bool:
         fits = shape.numel() <= self.summand.numel() and self.peers.programs(shape[0]) <= MAX_PROGRAMS
@@ -107,8 +129,9 @@ class PeerSums:
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
         small, large = (-(-numel // 8) * 8 for numel in (limits.one_shot, limits.two_shots))  # all parts are aligned
-        parts = [small] * len(Place) + [large] * 2
+        inbox = -(-limits.pushed // 8) * 8
         rank, size = group.rank(), group.size()
+        parts = [small] * len(Place) + [large] * 2 + [inbox * size] * len(Place)
         try:
             self._memory = symmetric_memory.empty((sum(parts),), dtype=dtype, device=device)
             self._flags = symmetric_memory.empty((size, MAX_PROGRAMS), dtype=torch.int32, device=device)
@@ -120,8 +143,12 @@ class PeerSums:
                 "set LIGHTQWEN_WITHOUT=symmetric_memory to leave them to NCCL"
             ) from error
         self._flags.zero_()
+        *places, summand, output, first, second, third = self._memory.split(parts)
+        inboxes = [part.view(size, inbox) for part in (first, second, third)]
+        for of_place in inboxes:
+            of_place.view(_INTEGERS[dtype.itemsize]).fill_(EMPTY)
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # all flags are zero before any rank sets one
+        dist.barrier(group)  # all flags are zero, and inboxes empty, before any rank writes to another
         # Views of every rank's memory, which must live as long as their addresses are used.
         self._views = [
             [handle.get_buffer(peer, tensor.shape, tensor.dtype) for peer in range(size)]
@@ -137,50 +164,71 @@ class PeerSums:
             torch.tensor([view.data_ptr() for view in views], device=device) for views in self._views
         )
         meetings = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
-        *places, summand, output = self._memory.split(parts)
-
-        def way(summand: torch.Tensor, outputs: Outputs | None = None) -> _Way:
-            return _Way(summand, Peers(rank, addresses(summand), all_flags, meetings, outputs))
 
         def addresses(part: torch.Tensor) -> torch.Tensor:
             offset = int(part.storage_offset() - self._memory.storage_offset())
             return memories + offset * dtype.itemsize
 
-        self._one_shot = [way(place) for place in places]
-        self._two_shots = way(summand, Outputs(output, addresses(output)))
+        def one_shot(place: torch.Tensor, of_place: torch.Tensor) -> _Way:
+            peers = Peers(rank, addresses(place), all_flags, meetings)
+            if not inbox:
+                return _Way(place, peers)
+            push = Push(rank, addresses(of_place[rank]))
+            return _Way(place, peers, replace(peers, pushed=Pushed(of_place, push)))
 
-    def room(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> torch.Tensor | None:
-        """Where a summand [rows, width] may be written, so that it need not be copied there; None if it is too large.
+        self._one_shot = [one_shot(*memory) for memory in zip(places, inboxes, strict=True)]
+        outputs = Outputs(output, addresses(output))
+        self._two_shots = _Way(summand, Peers(rank, addresses(summand), all_flags, meetings, outputs))
 
-        It is the same memory at every call.
-        """
+    def room(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
+        """Where a summand [rows, width] may be written, the same memory at every call; None if it is too large."""
         way = self._way(shape, dtype, place)
-        return None if way is None else way.summand[: shape.numel()].view(shape)
+        if way is None:
+            return None
+        pushed = None if way.pushed is None else way.pushed.pushed
+        small = pushed is not None and shape.numel() <= pushed.inboxes.shape[1]
+        return Room(way.summand[: shape.numel()].view(shape), pushed.push if pushed and small else None)
 
-    def sum(self, x: torch.Tensor, place: Place) -> torch.Tensor | None:
-        """Return the sum of all ranks' contiguous [rows, width]; None if `x` is too large."""
-        way = self._put(x, place)
-        return None if way is None else peer_sum(x.shape, x.dtype, way.peers)
+    def sum(self, x: torch.Tensor, place: Place, *, pushed: bool = False) -> torch.Tensor | None:
+        """Return the sum of all ranks' contiguous [rows, width]; None if `x` is too large.
+
+        `pushed` tells that every rank has written its summand both to the `room` that there is and where `push` says.
+        """
+        peers = self._put(x, place, pushed=pushed)
+        return None if peers is None else peer_sum(x.shape, x.dtype, peers)
 
     def sum_add_rms_norm(
-        self, x: torch.Tensor, place: Place, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        place: Place,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        pushed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return `add_rms_norm` of the sum, in the same kernel; None if `x` is too large.
+        """Return `add_rms_norm` of the sum, in the same kernel; None if `x` is too large. `pushed`: as in `sum`.
 
         The second result is a residual for the next sum, of the same shape, and for nothing else.
         """
-        way = self._put(x, place)
-        return None if way is None else peer_sum_add_rms_norm(residual, weight, eps, way.peers)
+        peers = self._put(x, place, pushed=pushed)
+        return None if peers is None else peer_sum_add_rms_norm(residual, weight, eps, peers)
 
     def _way(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> _Way | None:
         return next((way for way in (self._one_shot[place], self._two_shots) if way.takes(shape, dtype)), None)
 
-    def _put(self, x: torch.Tensor, place: Place) -> _Way | None:
+    def _put(self, x: torch.Tensor, place: Place, *, pushed: bool) -> Peers | None:
         """See to it that `x` is where others read it, and return how it is summed."""
         way = self._way(x.shape, x.dtype, place)
-        if way is not None and x.data_ptr() != way.summand.data_ptr():
+        if way is None:
+            return None
+        if pushed:
+            assert way.pushed is not None, "nothing says where to push this"
+            assert x.data_ptr() == way.summand.data_ptr(), "what is pushed is in the memory for it, too"
+            return way.pushed
+        if x.data_ptr() != way.summand.data_ptr():
             way.summand[: x.numel()].view(x.shape).copy_(x)
-        return way
+        return way.peers
 
 
 def obstacle(size: int, *, device: torch.device) -> str:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.ahead import compile_ahead
+from model.kernels.linear import pushes
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
@@ -367,7 +368,8 @@ def _with_peer_sums(tp: TensorParallel, config: EngineConfig, runtime: RuntimeCo
     if not _agree(int(not reason), tp, runtime.device):
         logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
         return tp
-    limits = Limits.of(tp.size, runtime.dtype)
+    push = bool(_agree(int(pushes(runtime.device, runtime.dtype)), tp, runtime.device))
+    limits = Limits.of(tp.size, runtime.dtype, push=push)
     return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=runtime.dtype, device=runtime.device))
 
 

@@ -8,6 +8,12 @@ graph that has captured a sum goes on counting at every replay.
 In one shot, every rank sums every row. A program has one of them: it meets the others, who then have their summands
 there, and reads all of these. That is one meeting, but each rank reads all that the others have.
 
+Few rows need no meeting: they are *pushed*. The layer that makes a summand writes it to all other ranks as well, each
+of which has an inbox for every rank. Inboxes are empty before: full of an element that no layer puts out, so that an
+element tells by itself that it has come. A program waits until its row in all inboxes is there, sums, and empties them.
+So of what passes between two GPUs only the way of the last element is waited for, and no order of writes is counted on.
+(The idea is that of the Lamport-style all-reduce in TensorRT-LLM.)
+
 In two shots, every rank sums the rows that it owns, one of `size` rows in turn, and writes the result to all ranks'
 outputs. A program has one own row: it meets the others, reads, writes, and meets them again, who then have written
 theirs. No rank ends before all rows have come. Rows are owned in turn so that a program is about `size` rows next to
@@ -22,6 +28,9 @@ were launched before on that rank have ended; and a sum ends after its meetings.
   but a rank that has passed a meeting of the later sum knows that all others had begun that one, and therefore had
   ended this one. So sums that follow one another must use different memory (`model.peer_sums` sees to that), whatever
   kind the later one is.
+- An inbox, by the rank that pushes: as a summand of one shot, whose place it shares. That rank cannot have come past a
+  later sum before its owner has ended this one, and has therefore emptied it: for a pushed one, it needs what the
+  owner's next layer pushes, which like a flag comes after `wait`.
 - A summand of two shots: once its sum has ended here, since the others come to the second meeting when they have read.
 - What two shots have put out: others write there only between the meetings of a later sum of two shots, and pass the
   first of them only if this rank has come to it too, and has therefore ended all that it launched before. So one memory
@@ -50,7 +59,7 @@ import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.norm import norm_row
-from model.kernels.runtime import jit, jit_once, tl, triton
+from model.kernels.runtime import constexpr, jit, jit_once, tl, triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,7 @@ class Peers:
     flags: torch.Tensor  # [size] int64: each rank's flags [size, max_programs] int32; each rank writes one row of them
     meetings: torch.Tensor  # [max_programs] int32: how many meetings each program of this rank has come to
     outputs: Outputs | None = None  # with them, sums are made in two shots
+    pushed: Pushed | None = None  # with it, summands come pushed
 
     def programs(self, rows: int) -> int:
         """How many programs sum so many rows."""
@@ -74,6 +84,28 @@ class Outputs:
 
     own: torch.Tensor  # [numel]: this rank's
     addresses: torch.Tensor  # [size] int64: where each rank's begins, at a multiple of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Where summands come that are pushed."""
+
+    inboxes: torch.Tensor  # [size, numel]: this rank's, one for each rank; `EMPTY` where nothing has come
+    push: Push
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Where a layer writes its output to, beside this rank's memory."""
+
+    rank: int
+    inboxes: torch.Tensor  # [size] int64: where each rank's inbox for this one begins, at a multiple of 16 bytes
+
+
+EMPTY = -91
+"""The bits of an element that has not come, as an integer. No layer puts it out: it is a NaN, in all dtypes, but none
+that arithmetic gives or float32 is rounded to (0x7FFF in bfloat16 on GPUs, 0xFFFF or 0x7FC0 on CPUs)."""
+_EMPTY = constexpr(EMPTY)
 
 
 def peer_sum(shape: torch.Size, dtype: torch.dtype, peers: Peers) -> torch.Tensor:
@@ -133,6 +165,7 @@ def _launch(
         weight,
         out,
         peers.summands if peers.outputs is None else peers.outputs.addresses,
+        out if peers.pushed is None else peers.pushed.inboxes,
         total,
         rows,
         eps,
@@ -144,6 +177,8 @@ def _launch(
         BLOCK=block,
         NORM=norm,
         TWO_SHOTS=peers.outputs is not None,
+        PUSHED=peers.pushed is not None,
+        INBOX=0 if peers.pushed is None else peers.pushed.inboxes.shape[1],
         PDL=bool(launch),
         num_warps=min(max(block // 512, 1), 16),
         **launch,
@@ -159,6 +194,7 @@ def _peer_sum_kernel(
     weight_ptr,  # [WIDTH], read only with NORM
     out_ptr,  # [rows, WIDTH]: the sum, or with NORM the normed one
     outputs_ptr,  # [SIZE] int64: all ranks' `out_ptr`, read only with TWO_SHOTS
+    inboxes_ptr,  # [SIZE, INBOX], read and emptied only with PUSHED
     total_ptr,  # [rows, WIDTH], written only with NORM
     rows,
     eps,
@@ -170,6 +206,8 @@ def _peer_sum_kernel(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     TWO_SHOTS: tl.constexpr,
+    PUSHED: tl.constexpr,
+    INBOX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -202,15 +240,25 @@ def _peer_sum_kernel(
     wait(PDL)
     begin_dependents(PDL)  # not before: the next layer's weights would be in the way of this one's
 
-    meeting = tl.atomic_add(meetings_ptr + program, 2 if TWO_SHOTS else 1, sem="relaxed") + 1
-    _raise_flags(others, is_other, meeting)
+    meeting = 0
+    if not PUSHED:
+        meeting = tl.atomic_add(meetings_ptr + program, 2 if TWO_SHOTS else 1, sem="relaxed") + 1
+        _raise_flags(others, is_other, meeting)
     if NORM:  # on its way while others are waited for
         residual = tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    _wait_for_flags(own_flags, meeting, RANK, SIZE, MAX_PROGRAMS)
     summands = ()
-    for rank in tl.static_range(SIZE):
-        # Not out of the L1 cache, which does not see what others write.
-        summands = summands + (tl.load(pointers[rank], mask=mask, other=0.0, cache_modifier=".cg"),)
+    if PUSHED:
+        own = tl.load(pointers[RANK], mask=mask, other=0.0)
+        for rank in tl.static_range(SIZE):
+            summand = own
+            if rank != RANK:
+                summand = _take(inboxes_ptr + rank * INBOX + places, mask)
+            summands = summands + (summand,)
+    else:
+        _wait_for_flags(own_flags, meeting, RANK, SIZE, MAX_PROGRAMS)
+        for rank in tl.static_range(SIZE):
+            # Not out of the L1 cache, which does not see what others write.
+            summands = summands + (tl.load(pointers[rank], mask=mask, other=0.0, cache_modifier=".cg"),)
     total = summands[0].to(tl.float32)
     for rank in tl.static_range(1, SIZE):
         total += summands[rank].to(tl.float32)
@@ -227,6 +275,18 @@ def _peer_sum_kernel(
         _wait_for_flags(own_flags, meeting + 1, RANK, SIZE, MAX_PROGRAMS)
     else:
         tl.store(out_ptr + places, out, mask=mask)
+
+
+@jit
+def _take(inbox, mask):
+    """Wait until all elements have come, and leave the inbox empty."""
+    elements = tl.load(inbox, mask=mask, other=0.0, volatile=True)
+    INTEGER: tl.constexpr = tl.int16 if elements.dtype.primitive_bitwidth == 16 else tl.int32
+    while tl.max((elements.to(INTEGER, bitcast=True) == _EMPTY).to(tl.int32), axis=0) > 0:
+        elements = tl.load(inbox, mask=mask, other=0.0, volatile=True)
+    empty = tl.full(elements.shape, _EMPTY, INTEGER).to(elements.dtype, bitcast=True)
+    tl.store(inbox, empty, mask=mask)
+    return elements
 
 
 @jit

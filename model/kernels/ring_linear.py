@@ -86,6 +86,7 @@ def ring_kernel(
     total_ptr,  # [rows, n], written only with ADD
     own_squares_ptr,  # [rows, tiles] float32, written only with ADD
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
+    inboxes_ptr,  # [RANKS] int64: of `peer_sum.Push`, read only where RANKS is not 0
     partial_ptr,  # [blocks of rows, tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
     arrivals_ptr,  # [blocks of rows, tiles] int32, zeros before and after
     eps,
@@ -103,6 +104,8 @@ def ring_kernel(
     ADD: gl.constexpr,
     SQUARES: gl.constexpr,
     GATED: gl.constexpr,
+    RANKS: gl.constexpr,
+    RANK: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """One program: BLOCK_N features of a block of ROWS rows, over one of SPLITS parts of the reduction.
@@ -135,6 +138,12 @@ def ring_kernel(
     bias = _load_features(bias_ptr, feature, features, BIAS)
     up_bias = _load_features(bias_ptr + features, feature, features, BIAS and GATED)
     gain = _load_features(gain_ptr, feature, features, ADD)
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    inboxes = ()
+    for rank in gl.static_range(RANKS):
+        # The compiler must be told of the alignment, and a pointer is what it listens for.
+        inbox = gl.load(inboxes_ptr + rank).to(gl.pointer_type(dtype), bitcast=True)
+        inboxes = inboxes + (gl.multiple_of(inbox, 16),)  # noqa: RUF005 (kernels know no starred lists)
     wait(PDL)
 
     for stage in gl.static_range(STAGES):
@@ -207,7 +216,6 @@ def ring_kernel(
         pairs = gl.permute(gl.reshape(total, [ROWS, 2, FEATURES]), (0, 2, 1))
         total, ups = gl.split(gl.convert_layout(pairs, _rows_layout(ROWS, FEATURES, num_warps, 2)))
         total, ups = gl.convert_layout(total, LAYOUT), gl.convert_layout(ups, LAYOUT)
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
     if SQUARES > 0:
         scale = gl.convert_layout(gl.rsqrt(gl.sum(squares, axis=1) / k + eps), gl.SliceLayout(1, LAYOUT))[:, None]
         total *= scale
@@ -226,4 +234,8 @@ def ring_kernel(
         own_squares = own_squares_ptr + row * gl.num_programs(0) + tile
         gl.store(own_squares, gl.sum(total * total, axis=1), mask=row < rows)
         total *= gain[None, :]
-    gl.store(out_ptr + offsets, total.to(dtype), mask=inside)
+    out = total.to(dtype)
+    for rank in gl.static_range(RANKS):
+        if rank != RANK:  # these first, since they have the longer way
+            gl.store(inboxes[rank] + offsets, out, mask=inside)
+    gl.store(out_ptr + offsets, out, mask=inside)

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
+from model.kernels.peer_sum import Push
 from model.kernels.ring_linear import ring_kernel
 from model.kernels.runtime import jit, jit_once, tl, triton
 from model.kernels.tiles import tiles_of
@@ -118,18 +119,20 @@ def small_linear_triton(
     scale: Scale | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
+    push: Push | None = None,
     tiling: Tiling,
     pdl: bool = False,
 ) -> torch.Tensor:
     """As `small_linear_torch`, for as many rows as the tiling takes, and k divisible by 8.
 
-    The result is written to `out`, contiguous and of its shape and dtype, where that is given.
+    The result is written to `out`, contiguous and of its shape and dtype, where that is given, and with `push`, which
+    only ring can do, to the other ranks too.
     `pdl` makes it a dependent launch, for which a GPU of compute capability 9 or later is needed.
     """
     if out is None:
         n = weight.shape[0]
         out = torch.empty((x.shape[0], n // 2 if gated else n), dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, scale=scale, gated=gated, tiling=tiling, pdl=pdl)
+    _launch(x, weight, bias, out, scale=scale, gated=gated, push=push, tiling=tiling, pdl=pdl)
     return out
 
 
@@ -161,6 +164,7 @@ def _launch(
     scale: Scale | None = None,
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     gated: bool = False,
+    push: Push | None = None,
     tiling: Tiling,
     pdl: bool,
 ) -> None:
@@ -190,6 +194,7 @@ def _launch(
     if pdl:
         options["launch_pdl"] = True
     if tiling.form == "fma":
+        assert push is None, "fma does not push"
         _fma_kernel[(tiles,)](
             x,
             weight,
@@ -207,10 +212,13 @@ def _launch(
             tiles_of(x, tiling.block_rows, tiling.block_k),
             tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
             *arguments,
+            nothing if push is None else push.inboxes,
             *_split_memory(tiles * blocks, tiling.splits, tiling.block_rows * tiling.block_n, x.device),
             *numbers,
             ROWS=tiling.block_rows,
             SPLITS=tiling.splits,
+            RANKS=0 if push is None else push.inboxes.shape[0],
+            RANK=0 if push is None else push.rank,
             **options,
         )
 

@@ -73,7 +73,7 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(64, 25600, 5120, gated=True): Tiling("ring", 64, 128, 128, 4, 1, 4, 64),  # 32B/2 gate_up: 66.1, else 72.4
         Work(1, 5120, 12800): Tiling("fma", 1, 2, 4096, 16, 1, 4),  # 32B/2 down: 30.4, else 35.8
         Work(2, 5120, 12800): Tiling("fma", 2, 8, 1024, 4, 1, 1),  # 32B/2 down: 33.1, else 41.0
-        Work(8, 5120, 12800): Tiling("ring", 8, 64, 128, 4, 1, 4, 8),  # 32B/2 down: 35.0, else 41.1
+        Work(8, 5120, 12800): Tiling("ring", 8, 128, 128, 4, 3, 6, 8),  # 32B/2 down: 33.3, else 41.1
         Work(16, 5120, 12800): Tiling("ring", 16, 64, 128, 4, 1, 5, 16),  # 32B/2 down: 35.5, else 42.1
         Work(32, 5120, 12800): None,  # 32B/2 down: 37.7, else 43.3
         Work(1, 75968, 5120): Tiling("fma", 1, 2, 2048, 8, 1, 3),  # 32B/2 lm_head: 171.1, else 189.7

@@ -50,7 +50,8 @@ class VocabParallelEmbedding(_VocabParallel):
         elsewhere = (local < 0) | (local >= self._count)
         hidden_states = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         room = self._tp.room_for_summand(hidden_states.shape, hidden_states.dtype, Place.EMBEDDING)
-        summand = torch.mul(hidden_states, ~elsewhere.unsqueeze(-1), out=room)
+        memory = None if room is None else room.memory
+        summand = torch.mul(hidden_states, ~elsewhere.unsqueeze(-1), out=memory)
         return self._tp.all_reduce(summand, Place.EMBEDDING)
 
 

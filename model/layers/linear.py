@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.kernels.linear import linear, linear_add_norm, norm_linear
+from model.kernels.linear import can_push, linear, linear_add_norm, norm_linear
 from model.kernels.norm import Normed
 from model.kernels.packed import pack
 from model.layers.activation import SiluAndMul
@@ -152,8 +152,12 @@ class RowParallelLinear(ShardedModule):
             return linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
         bias = self.bias if self._tp.rank == 0 else None
         room = self._tp.room_for_summand(residual.shape, x.dtype, self._place)
-        summand = linear(x, self.weight, bias, out=room)
-        normed, total = self._tp.all_reduce_add_rms_norm(summand, self._place, residual, norm.weight, norm.eps)
+        memory = None if room is None else room.memory
+        push = room.push if room is not None and can_push(x, self.weight) else None
+        summand = linear(x, self.weight, bias, out=memory, push=push)
+        normed, total = self._tp.all_reduce_add_rms_norm(
+            summand, self._place, residual, norm.weight, norm.eps, pushed=push is not None
+        )
         return Normed(normed), total
 
     def finish(self) -> None:

@@ -72,7 +72,7 @@ def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.
         sums_here = PeerSums(tp.group, limits, dtype=torch.float32, device=torch.device("cpu"))
     shapes = [torch.Size((tokens, TINY["hidden_size"])) for tokens in (FEW_TOKENS, MANY_TOKENS)]
     rooms = [sums_here.room(shape, torch.float32, place) for shape in shapes for place in Place]
-    addresses = {room.data_ptr() for room in rooms if room is not None}
+    addresses = {room.memory.data_ptr() for room in rooms if room is not None}
 
     def sum_add_rms_norm(
         residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: Peers

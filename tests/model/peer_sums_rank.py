@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from itertools import cycle
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from model.kernels.linear import linear
+from model.kernels.linear import can_push, linear
 from model.kernels.norm import add_rms_norm_triton
 from model.parallel import TensorParallel
 from model.peer_sums import Limits, PeerSums, Place, obstacle
@@ -25,11 +26,11 @@ SHAPES = (
     *((5, 1024), (301, 4096), (2048, 5120)),
 )
 """Of one row and many; elements of the largest: what the memory has room for."""
-LIMITS = Limits(17 * 5120, 2048 * 5120)
-"""Four of these are summed in two shots, of an even and an odd number of rows."""
+LIMITS = Limits(17 * 5120, 2048 * 5120, 5 * 1024)
+"""Four of these are summed in two shots, of an even and an odd number of rows; six may be pushed."""
 FEW_ROWS = tuple(shape for shape in SHAPES if shape[0] <= 5)
-FEW_ROWS_LIMITS = Limits(3 * 1024, 5 * 1024)
-"""Three of these are summed in two shots: of one row, as many as there are ranks, and more."""
+FEW_ROWS_LIMITS = Limits(3 * 1024, 5 * 1024, 3 * 1024)
+"""Three of these are summed in two shots: of one row, as many as there are ranks, and more. Three may be pushed."""
 DTYPES = (torch.bfloat16, torch.float32)
 EPS = 1e-6
 places = cycle(Place)
@@ -48,15 +49,19 @@ def total(call: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor
     return torch.stack(summands).sum(0).to(dtype)
 
 
-def add_up(peer_sums: PeerSums, x: torch.Tensor, *, in_place: bool, place: Place | None = None) -> torch.Tensor:
-    """The sum of `x`, which is copied to the shared memory, or written there by another kernel as a layer does.
+def add_up(
+    peer_sums: PeerSums, x: torch.Tensor, *, in_place: bool, push: bool = False, place: Place | None = None
+) -> torch.Tensor:
+    """The sum of `x`, which is copied to the shared memory, or written there by another kernel as a layer does, and
+    pushed if that is wanted and possible.
 
     What it is read from holds NaN afterwards, as it may until the next sum writes there.
     """
     place = next(places) if place is None else place
+    pushed = False
     if in_place:
-        x = put(peer_sums, x, place)
-    out = peer_sums.sum(x, place)
+        x, pushed = put_and_push(peer_sums, x, place) if push else (put(peer_sums, x, place), False)
+    out = peer_sums.sum(x, place, pushed=pushed)
     assert out is not None
     return moved(out)
 
@@ -71,7 +76,32 @@ def moved(out: torch.Tensor) -> torch.Tensor:
 def put(peer_sums: PeerSums, x: torch.Tensor, place: Place) -> torch.Tensor:
     room = peer_sums.room(x.shape, x.dtype, place)
     assert room is not None
-    return torch.add(x, 0, out=room)
+    return torch.add(x, 0, out=room.memory)
+
+
+def put_and_push(peer_sums: PeerSums, x: torch.Tensor, place: Place) -> tuple[torch.Tensor, bool]:
+    """As `put`, and to the other ranks too, if the memory and the layer that stands for it allow; tell whether."""
+    room = peer_sums.room(x.shape, x.dtype, place)
+    assert room is not None
+    if room.push is None:
+        return put(peer_sums, x, place), False
+    if not on_gpu():
+        written = put(peer_sums, x, place)
+        for rank, address in enumerate(room.push.inboxes.tolist()):
+            if rank != room.push.rank:
+                memory = (ctypes.c_byte * x.nbytes).from_address(address)
+                torch.frombuffer(memory, dtype=x.dtype).copy_(x.flatten())
+        return written, True
+    width = x.shape[1]
+    if width not in identities:
+        identities[width] = torch.eye(width, dtype=torch.bfloat16)
+    if x.dtype is not torch.bfloat16 or width < 1024 or not can_push(x, identities[width]):
+        return put(peer_sums, x, place), False
+    return linear(x.contiguous(), identities[width], out=room.memory, push=room.push), True
+
+
+identities: dict[int, torch.Tensor] = {}
+"""By width, weights of layers that put out what they are given."""
 
 
 def check_norm(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
@@ -92,7 +122,7 @@ def check_norm(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shape
 def own_rows(peer_sums: PeerSums, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> slice:
     """Which rows of the residual stream this rank has behind a sum of this shape."""
     rooms = [peer_sums.room(torch.Size(shape), dtype, place) for place in (Place.ATTENTION, Place.MLP)]
-    in_two_shots = len({room.data_ptr() for room in rooms if room is not None}) == 1
+    in_two_shots = len({room.memory.data_ptr() for room in rooms if room is not None}) == 1
     return slice(rank, None, dist.get_world_size()) if in_two_shots else slice(None)
 
 
@@ -194,7 +224,7 @@ def check_back_to_back(
         for (call, _), x in zip(calls, inputs, strict=True):
             if (call + 3 * rank) % 7 == 0:
                 be_late()
-            sums.append(add_up(peer_sums, x, in_place=call % 3 == 0))
+            sums.append(add_up(peer_sums, x, in_place=call % 3 < 2, push=call % 3 == 0))
         for (call, shape), out in zip(calls, sums, strict=True):
             assert torch.equal(out, total(call, shape, dtype)), f"call {call}, {shape}, {dtype}"
 
@@ -206,7 +236,7 @@ def check_in_a_graph(peer_sums: PeerSums, rank: int, dtype: torch.dtype) -> None
     torch.cuda.synchronize()
     assert len(SHAPES) % len(Place) == 2
     with torch.cuda.graph(graph):
-        sums = [add_up(peer_sums, x, in_place=bool(index % 2)) for index, x in enumerate(inputs)]
+        sums = [add_up(peer_sums, x, in_place=bool(index % 3), push=index % 3 == 2) for index, x in enumerate(inputs)]
     between = next(places)
     for replay in range(100):
         for x, shape in zip(inputs, SHAPES, strict=True):
@@ -214,7 +244,8 @@ def check_in_a_graph(peer_sums: PeerSums, rank: int, dtype: torch.dtype) -> None
         graph.replay()
         if replay % 10 == 0:  # something eager in between
             shape = SHAPES[replay // 10 % len(SHAPES)]
-            out = add_up(peer_sums, summand(-replay, rank, shape, dtype), in_place=True, place=between)
+            x = summand(-replay, rank, shape, dtype)
+            out = add_up(peer_sums, x, in_place=True, push=replay % 20 == 0, place=between)
             assert torch.equal(out, total(-replay, shape, dtype)), f"after replay {replay}"
         for out, shape in zip(sums, SHAPES, strict=True):
             assert torch.equal(out, total(replay, shape, dtype)), f"replay {replay}, {shape}, {dtype}"
@@ -230,19 +261,23 @@ def check_layers(peer_sums: PeerSums, rank: int) -> None:
     weights = [(torch.randn(width, width) / 32).to(torch.bfloat16) for _ in range(steps)]
     torch.manual_seed(12)
     norm = torch.randn(width).to(torch.bfloat16)
-    for rows in (1, 4, 8, 64, 511):  # the last in two shots
+    # The first four are pushed, all of them or two of three; the last is in two shots.
+    for rows, mixed in ((1, False), (4, False), (4, True), (5, False), (64, False), (511, False)):
         x = torch.randn(rows, width).to(torch.bfloat16)
 
-        def chain(x: torch.Tensor, *, late: int = -1, one_at_a_time: bool = False) -> torch.Tensor:
+        def chain(x: torch.Tensor, *, late: int = -1, one_at_a_time: bool = False, mixed: bool = mixed) -> torch.Tensor:
             hidden = residual = x
             for step, weight in enumerate(weights):
                 place = (Place.ATTENTION, Place.MLP)[step % 2]
-                summand = linear(hidden, weight, out=peer_sums.room(hidden.shape, hidden.dtype, place))
+                room = peer_sums.room(hidden.shape, hidden.dtype, place)
+                assert room is not None
+                push = room.push if can_push(hidden, weight) and not (mixed and step % 3 == 0) else None
+                summand = linear(hidden, weight, out=room.memory, push=push)
                 if one_at_a_time:
                     torch.cuda.synchronize()
                 if step % 7 == late:
                     be_late()
-                done = peer_sums.sum_add_rms_norm(summand, place, residual, norm, EPS)
+                done = peer_sums.sum_add_rms_norm(summand, place, residual, norm, EPS, pushed=push is not None)
                 assert done is not None
                 hidden, residual = done
                 if one_at_a_time:

@@ -65,7 +65,7 @@ def test_where_there_is_room(tmp_path: Path) -> None:
             made, narrow = (
                 peer_sums.PeerSums(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
                 for limits, dtype in (
-                    (peer_sums.Limits(13, 27), torch.float32),
+                    (peer_sums.Limits(13, 27, 5), torch.float32),
                     (peer_sums.Limits(2 * rows, 2 * rows + 2), torch.bfloat16),
                 )
             )
@@ -75,9 +75,9 @@ def test_where_there_is_room(tmp_path: Path) -> None:
     def room(
         all_reduce: peer_sums.PeerSums, shape: tuple[int, int], dtype: torch.dtype, place: peer_sums.Place
     ) -> int | None:
-        memory = all_reduce.room(torch.Size(shape), dtype, place)
-        assert memory is None or memory.shape == shape
-        return None if memory is None else memory.data_ptr()
+        room = all_reduce.room(torch.Size(shape), dtype, place)
+        assert room is None or room.memory.shape == shape
+        return None if room is None else room.memory.data_ptr()
 
     small, large = (
         [room(made, shape, torch.float32, place) for place in peer_sums.Place] for shape in ((1, 13), (3, 9))
@@ -86,6 +86,12 @@ def test_where_there_is_room(tmp_path: Path) -> None:
     assert len(set(small)) == len(peer_sums.Place), "each place of one shot has memory of its own"
     assert len(set(large)) == 1, "two shots need no more than one"
     assert not set(small) & set(large)
+    pushes = [made.room(torch.Size((1, 5)), torch.float32, place).push for place in peer_sums.Place]
+    inboxes = [int(push.inboxes[0]) for push in pushes]
+    assert all(address % 16 == 0 for address in inboxes)
+    assert len({*inboxes, *small, *large}) == len(inboxes) + len(small) + 1, "each place has inboxes of its own"
+    assert made.room(torch.Size((3, 3)), torch.float32, peer_sums.Place.MLP).push is None
+    assert narrow.room(torch.Size((1, 2)), torch.bfloat16, peer_sums.Place.MLP).push is None
     assert room(made, (1, 33), torch.float32, peer_sums.Place.MLP) is None
     assert room(made, (1, 13), torch.bfloat16, peer_sums.Place.MLP) is None
     assert room(narrow, (rows, 2), torch.bfloat16, peer_sums.Place.MLP) is not None
@@ -129,7 +135,9 @@ def test_a_failure_names_the_way_to_do_without(monkeypatch: pytest.MonkeyPatch) 
 
 def test_more_ranks_take_smaller_tensors_in_one_shot() -> None:
     for size in (2, 4, 8):
-        limits = peer_sums.Limits.of(size, torch.bfloat16)
+        limits = peer_sums.Limits.of(size, torch.bfloat16, push=True)
+        assert limits.pushed == min(peer_sums.MAX_PUSHED_BYTES // 2, limits.one_shot)
+        assert peer_sums.Limits.of(size, torch.bfloat16, push=False).pushed == 0
         read = limits.one_shot * 2 * (size - 1)
         assert peer_sums.MAX_PEER_BYTES - 2 * size < read <= peer_sums.MAX_PEER_BYTES
         assert limits.two_shots * 2 == peer_sums.MAX_TWO_SHOT_BYTES

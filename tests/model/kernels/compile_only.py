@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ import worker.tables
 from model import sampler
 from model.attention.triton_backend import TritonAttention
 from model.config import Qwen3Config
-from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
+from model.kernels.linear import can_push, linear
+from model.kernels.peer_sum import Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
 from model.kernels.runtime import unwanted
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
@@ -131,7 +133,7 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
 
 
 def run_sums(width: int, dtype: torch.dtype) -> None:
-    """What ranks do together, in one shot and in two."""
+    """What ranks do together, in one shot and in two, and what is pushed."""
     nowhere = torch.zeros(2, dtype=torch.int64)
     shape = torch.Size((SLOTS, width))
     residual, weight = torch.zeros(shape, dtype=dtype), torch.ones(width, dtype=dtype)
@@ -140,6 +142,15 @@ def run_sums(width: int, dtype: torch.dtype) -> None:
         peers = Peers(rank=1, summands=nowhere, flags=nowhere, meetings=meetings, outputs=outputs)
         peer_sum(shape, dtype, peers)
         peer_sum_add_rms_norm(residual, weight, 1e-6, peers)
+    push = Push(1, nowhere)
+    peer_sum_add_rms_norm(
+        residual, weight, 1e-6, replace(peers, outputs=None, pushed=Pushed(residual.view(2, -1), push))
+    )
+    square = torch.zeros((width, width), dtype=dtype)
+    for rows in (1, 8, 16, 32):
+        x = torch.zeros((rows, width), dtype=dtype)
+        if can_push(x, square):
+            linear(x, square, out=torch.empty_like(x), push=push)
 
 
 def describe(kernel: Any) -> dict[str, object]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from model.kernels.norm import add_rms_norm_torch, rms_norm_torch
-from model.kernels.peer_sum import Outputs, Peers, peer_sum, peer_sum_add_rms_norm
+from model.kernels.peer_sum import EMPTY, Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
 from tests.model.kernels.comparing import DTYPES, MATCH, ON_GPU, poisoned, relative_error
 
 EPS = 1e-6
 MAX_PROGRAMS = 6
+INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 FIRST_INT32, LAST_INT32 = -(2**31), 2**31 - 1
 
 
@@ -138,6 +139,47 @@ def test_the_residual_of_two_shots_may_lie_where_the_result_goes(triton_device: 
     normed, total = peer_sum_add_rms_norm(residual, weight, EPS, group.peers)
     assert relative_error(total[::2], expected_total[::2]) < MATCH[torch.float32]
     assert relative_error(normed[::2], rms_norm_torch(expected_total, weight, EPS)[::2]) < 4 * MATCH[torch.float32]
+
+
+def pushed(group: Group, capacity: int) -> Peers:
+    """What all others have pushed, and nothing of this rank's summand to itself."""
+    rank, summand = group.peers.rank, group.summands[0]
+    inboxes = torch.empty((len(group.summands), capacity), dtype=summand.dtype, device=summand.device)
+    inboxes.view(INTEGERS[summand.dtype]).fill_(EMPTY)
+    for other, theirs in enumerate(group.summands):
+        if other != rank:
+            inboxes[other, : theirs.numel()] = theirs.flatten()
+    nowhere = torch.zeros(len(group.summands), dtype=torch.int64, device=summand.device)
+    return replace(group.peers, pushed=Pushed(inboxes, Push(rank, nowhere)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "size"), [(0, 2), (1, 2), (2, 4)])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 200), (7, 256)])
+def test_what_was_pushed_is_summed_as_if_it_had_been_read(
+    triton_device: torch.device, dtype: torch.dtype, rank: int, size: int, shape: tuple[int, int]
+) -> None:
+    group = Group(rank, size, (min(shape[0], MAX_PROGRAMS), shape[1]), dtype, triton_device)
+    rows, width = group.summands[0].shape
+    residual, weight = torch.randn(rows, width).to(triton_device, dtype), torch.randn(width).to(triton_device, dtype)
+    peers = pushed(group, rows * width + 24)
+    assert peers.pushed is not None
+    normed, total = peer_sum_add_rms_norm(residual, weight, EPS, peers)
+    group.check_told(0)  # they do not meet
+    assert (peers.pushed.inboxes.view(INTEGERS[dtype]) == EMPTY).all(), "not emptied"
+    expected_normed, expected_total = peer_sum_add_rms_norm(residual, weight, EPS, group.peers)
+    assert torch.equal(normed, expected_normed)
+    assert torch.equal(total, expected_total)
+
+
+def test_a_nan_that_was_pushed_has_come(triton_device: torch.device) -> None:
+    """As float32 is rounded to it here, one by one and many at a time, and on GPUs."""
+    group = Group(0, 2, (1, 64), torch.bfloat16, triton_device)
+    group.summands[1].fill_(torch.nan)
+    group.summands[1][0, :32] = torch.full((32,), torch.nan, device=triton_device).bfloat16()
+    group.summands[1].view(torch.int16)[0, 60:] = 0x7FFF
+    out = peer_sum(torch.Size((1, 64)), torch.bfloat16, pushed(group, 64))
+    assert out.isnan().all()
 
 
 def test_nothing_past_the_rows_is_read(triton_device: torch.device) -> None:

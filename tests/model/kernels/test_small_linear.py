@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels.norm import Normed, Scale
+from model.kernels.peer_sum import Push
 from model.kernels.runtime import is_hopper
 from model.kernels.small_linear import (
     Tiling,
@@ -291,3 +292,23 @@ def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Ti
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="ring needs a Hopper")
+@pytest.mark.parametrize("tiling", RINGS, ids=str)
+@pytest.mark.parametrize("shape", [(1024, 512), (4096, 2048), (328, 328)])
+def test_what_is_pushed_is_what_is_put_out(triton_device: torch.device, tiling: Tiling, shape: tuple[int, int]) -> None:
+    """To every other rank's inbox, and nothing beside it; rows are as many as there are, and one less."""
+    n, k = shape
+    for rows in {tiling.rows, max(1, tiling.rows - 1)}:
+        x = torch.randn(rows, k, device=triton_device).bfloat16()
+        weight, bias = (torch.randn(*dims, device=triton_device).bfloat16() for dims in ((n, k), (n,)))
+        inboxes = [poisoned(tiling.rows + 1, n, dtype=torch.bfloat16, device=triton_device) for _ in range(3)]
+        addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=triton_device)
+        expected = small_linear_triton(x, weight, bias, tiling=tiling)
+        out = small_linear_triton(x, weight, bias, tiling=tiling, push=Push(1, addresses))
+        assert torch.equal(out, expected)
+        for rank, inbox in enumerate(inboxes):
+            written = 0 if rank == 1 else rows
+            assert torch.equal(inbox[:written], expected[:written])
+            assert inbox[written:].isnan().all()
