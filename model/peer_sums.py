@@ -223,7 +223,8 @@ class PeerSums:
         if way is None:
             return None
         if pushed:
-            assert way.pushed is not None, "nothing says where to push this"
+            room = self.room(x.shape, x.dtype, place)
+            assert room is not None and room.push is not None, "nothing says where to push this"  # noqa: PT018
             assert x.data_ptr() == way.summand.data_ptr(), "what is pushed is in the memory for it, too"
             return way.pushed
         if x.data_ptr() != way.summand.data_ptr():

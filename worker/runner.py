@@ -45,7 +45,7 @@ _RESERVE_BYTES = 512 << 20
 """GPU memory left to what is not counted: CUDA graphs, communication buffers, cuBLAS workspaces."""
 
 _MAX_COMPILING = 16
-"""Processes of a rank that compile kernels: each takes some 0.3 GB, and the longest kernel 3 s."""
+"""Processes of a node that compile kernels: each takes some 0.3 GB, and the longest kernel 3 s."""
 
 _TRIED_LAYERS = 2  # the last one is followed by another norm
 
@@ -313,12 +313,12 @@ def build_runner(
     share_sampling = bool(_agree(int(_wants_shared_sampling(tp, runtime)), tp, runtime.device))
     if runtime.on_gpu and runtime.attention_backend == "triton":  # others follow what is not written in a trial
         progress("compiling kernels", 0, 0)
-        trial = partial(_try_out, model, tables, cache_of_one, runtime, tp, share_sampling=share_sampling)
         compile_ahead(
-            trial,
-            processes=min(_MAX_COMPILING, len(os.sched_getaffinity(0)) // len(config.local_ranks)),
+            partial(_try_out, model, tables, cache_of_one, runtime, tp, share_sampling=share_sampling),
+            processes=min(_MAX_COMPILING, len(os.sched_getaffinity(0))) // len(config.local_ranks),
             settle=partial(end_with, os.getpid()),
             progress=partial(progress, "compiling kernels"),
+            begin=config.local_ranks.index(tp.rank) / len(config.local_ranks),
         )
     progress("sizing the KV cache", 0, 0)
     num_blocks = config.num_blocks or _measure_blocks(config, runtime, model, tables, cache_of_one)

@@ -14,8 +14,12 @@ from model.attention import resolve_backend
 from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
-_MIXED_STEP_FLOPS = 2e13  # 600 TFLOP/s for 33 ms; steps of as many have graphs
-_LEAST_MIXED_TOKENS = 1280
+CAPTURED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
+CAPTURED_FLOPS = 2e13
+"""Steps of so many tokens have graphs, unless they take more operations: then they keep the device busy (at 600 TFLOP/s
+for 33 ms) for longer than the host takes to launch them, and padding them would be a waste."""
+
+_LEAST_MIXED_TOKENS = 1024
 """Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of
 as many takes any model some ten times as long as a step of few decodes, whose time grows with the weights as well."""
 
@@ -83,7 +87,8 @@ def max_mixed_tokens(
         ConfigError: what was asked for does not lie between `max_running` and `max_batched_tokens`.
     """
     if config.max_mixed_tokens is None:
-        wanted = int(_MIXED_STEP_FLOPS / flops_per_token) // 256 * 256 if on_gpu else max_batched_tokens
+        captured = [tokens for tokens in CAPTURED_TOKENS if tokens * flops_per_token <= CAPTURED_FLOPS]
+        wanted = max(captured, default=0) if on_gpu else max_batched_tokens
         return min(max(wanted, _LEAST_MIXED_TOKENS, max_running), max_batched_tokens)
     if not max_running <= config.max_mixed_tokens <= max_batched_tokens:
         raise ConfigError(

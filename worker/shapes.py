@@ -15,15 +15,12 @@ import numpy as np
 
 from model.attention import CapturedSteps
 from worker.plan import ADMISSION, NO_ADMISSION, StepBounds, StepPlan
-from worker.runtime import RuntimeConfig
+from worker.runtime import CAPTURED_FLOPS, CAPTURED_TOKENS, RuntimeConfig
 
 _DECODE_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64))
-_MIXED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
 _FEW_ROWS = 8
 _MAX_ADMISSIONS = 16
 _ADMISSION_WORDS = ADMISSION.itemsize // 4
-_LAUNCH_BOUND_FLOPS = 2e13
-"""A step of more takes the device longer (some 30 ms) than the host takes to launch it: padding it would be a waste."""
 
 
 class StepWords(NamedTuple):
@@ -135,10 +132,10 @@ def step_shapes(runtime: RuntimeConfig, captured: CapturedSteps) -> list[StepSha
         for rows in [*(rows for rows in _DECODE_ROWS if rows < limit), limit]
     ]
     if captured == "all":
-        most = min(runtime.max_batched_tokens, _LAUNCH_BOUND_FLOPS / runtime.flops_per_token)
+        most = min(runtime.max_batched_tokens, CAPTURED_FLOPS / runtime.flops_per_token)
         shapes += [
             StepShape.mixed(tokens, rows, runtime.max_model_len)
-            for tokens in _MIXED_TOKENS
+            for tokens in CAPTURED_TOKENS
             if tokens <= most
             for rows in sorted({min(_FEW_ROWS, limit), limit})
         ]

@@ -32,26 +32,29 @@ def compile_ahead(
     processes: int,
     settle: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    begin: float = 0.0,
 ) -> None:
     """Have in Triton's cache what `launch` launches, without launching it: what kernels would write stays as it is.
 
     Up to `processes` forked ones compile; each calls `settle` first. `progress` is told how many kernels are done, and
-    of how many. Nothing is forked where the first kernel is in the cache already: the others are taken to be, too. What
-    cannot be compiled is logged, and will be found out by who launches it.
+    of how many. Who does the same at the same time, such as other ranks, should `begin` elsewhere in the list, from 0
+    to 1. Nothing is forked where all is in the cache. What cannot be compiled is logged, and will be found out by who
+    launches it.
     """
     with _launches_tried() as wanted:
         launch()
     kernels = list(wanted.values())
-    if processes < 2 or len(kernels) < 2:
+    if processes < 2:
         return
-    began = time.monotonic()
-    if _is_cached(*kernels[0]):
+    started = time.monotonic()
+    if all(_was_cached(*kernel) for kernel in kernels):  # up to the first that was not
         return
+    first = int(begin * len(kernels))
+    kernels = kernels[first:] + kernels[:first]  # those that are there are done at once
     failed = _compile_in_processes(kernels, min(processes, len(kernels)), settle, progress)
-    seconds = time.monotonic() - began
-    logger.info("compiled kernels=%d processes=%d seconds=%.1f", len(kernels), processes, seconds)
+    logger.info("compiled kernels=%d seconds=%.1f", len(kernels), time.monotonic() - started)
     if failed:
-        logger.warning("compiling kernels ahead failed in %d of %d processes", failed, processes)
+        logger.warning("compiling kernels ahead failed in %d processes", failed)
 
 
 @contextmanager
@@ -77,8 +80,8 @@ def _launches_tried() -> Iterator[_Wanted]:
         knobs.jit_cache_hook = before
 
 
-def _is_cached(function: Any, specialization: str) -> bool:
-    """Compile a kernel, and tell whether it had been."""
+def _was_cached(function: Any, specialization: str) -> bool:
+    """Have a kernel in this process, and tell whether it lay in the cache."""
     hits: list[bool] = []
 
     def listen(*, cache_hit: bool, **_: object) -> None:
@@ -87,7 +90,7 @@ def _is_cached(function: Any, specialization: str) -> bool:
     knobs = triton.knobs.compilation
     before, knobs.listener = knobs.listener, listen
     try:
-        _compile(function, specialization)
+        function.preload(specialization)
     finally:
         knobs.listener = before
     return all(hits)
@@ -106,15 +109,19 @@ def _compile_in_processes(
     device = triton.runtime.driver.active.get_current_device()
     todo, give = os.pipe()
     told, done = os.pipe()
-    children = []
+    # All that there is to do, before anybody can be gone who would take it; a pipe has room for thousands.
+    os.write(give, b"".join(number.to_bytes(_WORD, "little") for number in range(len(kernels))))
+    os.close(give)
+    children: list[int] = []
     for _ in range(processes):
-        with warnings.catch_warnings():  # of other threads' locks, of which the compiler needs none
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
+        try:
+            child = _fork()
+        except OSError as error:  # no more processes, or no more memory for them
+            logger.warning("%d of %d processes compile kernels: %s", len(children), processes, error)
+            break
         if child == 0:
             code = 1
             try:
-                os.close(give)
                 os.close(told)
                 settle()
                 code = _take_and_compile(kernels, todo, done, device)
@@ -123,10 +130,6 @@ def _compile_in_processes(
         children.append(child)
     os.close(todo)
     os.close(done)
-    try:
-        os.write(give, b"".join(number.to_bytes(_WORD, "little") for number in range(len(kernels))))
-    finally:
-        os.close(give)
     count = 0
     progress(count, len(kernels))
     while arrived := os.read(told, _WORD * len(kernels)):
@@ -134,6 +137,12 @@ def _compile_in_processes(
         progress(count, len(kernels))
     os.close(told)
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():  # of other threads' locks, of which the compiler needs none
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _take_and_compile(kernels: list[tuple[Any, str]], todo: int, done: int, device: int) -> int:

@@ -141,7 +141,7 @@ def test_weights_that_do_not_fit(config: EngineConfig, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("size", "ranks", "tokens"),
-    [("0.6B", 1, 8192), ("8B", 2, 2816), ("8B", 1, 1280), ("32B", 2, 1280), ("32B", 1, 1280)],
+    [("0.6B", 1, 8192), ("8B", 2, 2048), ("8B", 1, 1024), ("32B", 2, 1024), ("32B", 1, 1024)],
 )
 def test_large_models_have_room_for_prompts_beside_decodes(
     config: EngineConfig, tmp_path: Path, size: str, ranks: int, tokens: int

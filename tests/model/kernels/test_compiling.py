@@ -85,10 +85,15 @@ def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, ot
 @pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_what_is_compiled_ahead_is_there_when_steps_launch_it(shape: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    """Also where another model has left some of the kernels, and where all are there."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.model.kernels.compile_ahead", str(shape)]
-    for first in (True, False):
+    wider = tmp_path / "wider"
+    wider.mkdir()
+    config = json.loads((shape / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps(config | {"hidden_size": 2048, "intermediate_size": 2048}))
+    for folder, missing in ((shape, True), (wider, True), (shape, False)):
+        command = [sys.executable, "-m", "tests.model.kernels.compile_ahead", str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
@@ -96,8 +101,8 @@ def test_what_is_compiled_ahead_is_there_when_steps_launch_it(shape: Path, tmp_p
         assert not report["compiled"], "steps compile what was to be there"
         assert not report["settled"]
         total = report["kernels"]
-        if first:
+        if missing:
             assert report["told"][0] == [0, total]
             assert report["told"][-1] == [total, total]
-        else:  # all of it is in the cache, which the first kernel tells
+        else:
             assert not report["told"]
