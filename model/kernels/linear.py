@@ -18,6 +18,8 @@ from model.kernels.runtime import fetches_tiles, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import tiling_for
 
+_RING_ROWS = 8  # the fewest that ring is measured with
+
 
 def linear(
     x: torch.Tensor,
@@ -32,7 +34,7 @@ def linear(
     x: [rows, k], contiguous. weight: [n, k], or as `packed.pack` made it. bias: [n]. `out` is where the result goes if
     nothing speaks against it. With `push`, for which `can_push` must be true, it goes to the other ranks too.
     """
-    tiling = _tiling(x, weight)
+    tiling = _tiling(x, weight) if push is None else _pushing(x, weight)
     if tiling is not None:
         return small_linear_triton(x, weight, bias, out=out, push=push, tiling=tiling, pdl=bool(dependent_launch(x)))
     assert push is None, "only ring pushes"
@@ -46,8 +48,7 @@ def pushes(device: torch.device, dtype: torch.dtype) -> bool:
 
 def can_push(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tell whether `linear` can push its result to other ranks: where `pushes`, this depends on shapes alone."""
-    tiling = _tiling(x, weight)
-    return tiling is not None and tiling.form == "ring"
+    return _pushing(x, weight) is not None
 
 
 def norm_linear(
@@ -83,15 +84,23 @@ def linear_add_norm(
     return Normed(normed), total
 
 
-def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Tiling | None:
-    """How to compute a layer in one launch; None where that is not to be done."""
+def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, least_rows: int = 0) -> Tiling | None:
+    """How to compute a layer in one launch, as of `least_rows` where there are fewer; None where that is not to be
+    done."""
     if not _wants_small_linear(x):
         return None
-    rows, (n, k) = x.shape[0], weight.shape
-    tiling = tiling_for(rows, n, k, gated=gated)
+    n, k = weight.shape
+    tiling = tiling_for(max(x.shape[0], least_rows), n, k, gated=gated)
     if tiling is not None and tiling.form == "ring" and not fetches_tiles(x.device):
         return None
     return tiling
+
+
+def _pushing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
+    """How to compute a layer that pushes; None where it cannot. Of one row or two, too, only ring does: programs of fma
+    have but a few features each, and would wait long for those to arrive."""
+    tiling = _tiling(x, weight, least_rows=_RING_ROWS)
+    return tiling if tiling is not None and tiling.form == "ring" else None
 
 
 def _wants_small_linear(x: torch.Tensor) -> bool:

@@ -261,7 +261,7 @@ def check_layers(peer_sums: PeerSums, rank: int) -> None:
     weights = [(torch.randn(width, width) / 32).to(torch.bfloat16) for _ in range(steps)]
     torch.manual_seed(12)
     norm = torch.randn(width).to(torch.bfloat16)
-    # Those of 4 and 5 rows are pushed, all of them or two of three; the last is in two shots.
+    # The first four are pushed, all of them or two of three; the last is in two shots.
     for rows, mixed in ((1, False), (4, False), (4, True), (5, False), (64, False), (511, False)):
         x = torch.randn(rows, width).to(torch.bfloat16)
 
