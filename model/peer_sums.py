@@ -30,9 +30,9 @@ MAX_PEER_BYTES = 1 << 20
 
 Measured with two ranks only, on H200s. Alone, with the norm, one shot is 2 us faster up to 4 MiB, two shots are at 5,
 and from 8 MiB on they are the same to 3 %. (Both move as many bytes between two ranks.) In steps it did not pay: with
-one shot up to 4 MiB, 256 rows of 8B (2 MiB) took as long as with up to 1, and those of 32B (2.5 MiB) 20.0 ms instead of
-18.4. With more ranks a rank reads more for the same tensor in one shot, and hardly more in two; that they take smaller
-tensors in one is reckoned from that. `python -m bench.all_reduce` measures it.
+one shot up to 4 MiB, 256 rows of 8B (2 MiB) and of 32B (2.5 MiB, 20 ms) took as long as with up to 1. With more ranks
+a rank reads more for the same tensor in one shot, and hardly more in two; that they take smaller tensors in one is
+reckoned from that. `python -m bench.all_reduce` measures it.
 """
 
 MAX_TWO_SHOT_BYTES = 20 << 20
@@ -44,7 +44,8 @@ padded to a graph beyond it, which is NCCL's: 1.7B's of 4,097 to 5,120 tokens, a
 """
 
 MAX_PUSHED_BYTES = 320 << 10
-"""The largest summand of a rank that is pushed: 32 rows of 5,120 in 16 bits."""
+"""The largest summand of a rank that is pushed: 32 rows of 5,120 in 16 bits. Steps of 1 and 8 rows were measured. Sums
+whose own kernel pushed were faster up to 32 rows, and slower at 64 (two H200s)."""
 
 MAX_PROGRAMS = 8192
 """Programs that have flags: of a narrow model, there are fewer than the memory has room for."""
