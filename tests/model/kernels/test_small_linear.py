@@ -294,6 +294,7 @@ def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Ti
         assert torch.equal(out, expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="ring needs a Hopper")
 @pytest.mark.parametrize("tiling", RINGS, ids=str)
 @pytest.mark.parametrize("shape", [(1024, 512), (4096, 2048), (328, 328)])
