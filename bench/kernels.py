@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,10 +46,13 @@ DTYPE = torch.bfloat16
 
 Call = Callable[[], object]
 
+SHARED = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+"""What the ranks of a tensor-parallel group share out."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the kernels see of a model."""
+    """What the kernels of a rank see of a model."""
 
     hidden_size: int
     intermediate_size: int
@@ -59,9 +62,12 @@ class Shape:
     vocab_size: int
 
     @classmethod
-    def of(cls, size: str, folder: Path) -> Shape:
+    def of(cls, size_and_ranks: str, folder: Path) -> Shape:
+        """Of a published size, or as "32B/2" of one of the ranks that share it. `folder` is for its config."""
+        size, _, ranks = size_and_ranks.partition("/")
         config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+        shape = cls(**{name: config[name] for name in cls.__dataclass_fields__})
+        return replace(shape, **{name: getattr(shape, name) // int(ranks or 1) for name in SHARED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,10 +309,23 @@ def run(sizes: list[str], kernels: list[str], block_size: int, folder: Path) -> 
                     yield measure(size, case)
 
 
+def size_and_ranks(text: str) -> str:
+    """For argparse: a published size, maybe with how many ranks share it, up to as many as it has KV heads."""
+    size, slash, ranks = text.partition("/")
+    if size not in SIZES or (slash and ranks not in ("1", "2", "4", "8")):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SIZES)}, nor such a one with /2, /4 or /8")
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--size", nargs="+", choices=SIZES, default=["0.6B", "8B"], help="model shapes (default: %(default)s)"
+        "--size",
+        nargs="+",
+        type=size_and_ranks,
+        default=["0.6B", "8B"],
+        metavar="SIZE[/RANKS]",
+        help="model shapes, or those of one of several ranks (default: %(default)s)",
     )
     parser.add_argument(
         "--kernel", nargs="+", default=[], metavar="NAME", help="only these kernels, as the table names them"
@@ -322,13 +341,13 @@ def main() -> int:
     torch.cuda.empty_cache()
     name = torch.cuda.get_device_name()
     print(f"{name}: reads {ceilings.read_tbps:.2f} TB/s, multiplies {ceilings.bf16_tflops:.0f} TFLOP/s")
-    print(f"{'size':5}{'kernel':20}{'workload':30}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
+    print(f"{'size':6}{'kernel':20}{'workload':30}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for result in run(arguments.size, arguments.kernel, arguments.block_size, Path(folder)):
             results.append(result)
             print(
-                f"{result.size:5}{result.kernel:20}{result.workload:30}{result.us:10.1f}{result.tbps:8.2f}"
+                f"{result.size:6}{result.kernel:20}{result.workload:30}{result.us:10.1f}{result.tbps:8.2f}"
                 f"{result.tflops:9.1f}{result.share_of(ceilings):9.0%}"
             )
     if arguments.json:

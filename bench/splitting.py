@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels import DTYPE, Shape, decode_attention_case, integers, time_case
+from bench.kernels import DTYPE, Shape, decode_attention_case, integers, size_and_ranks, time_case
 from bench.provenance import json_file, provenance
-from bench.shapes import SIZES
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -114,7 +113,13 @@ def main() -> int:
             option, nargs="+", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)"
         )
 
-    parser.add_argument("--size", choices=SIZES, default="0.6B", help="model shape (default: %(default)s)")
+    parser.add_argument(
+        "--size",
+        type=size_and_ranks,
+        default="0.6B",
+        metavar="SIZE[/RANKS]",
+        help="model shape, or that of one of several ranks (default: %(default)s)",
+    )
     numbers("--batch", BATCHES, "rows")
     numbers("--context", CONTEXTS, "keys of each row")
     numbers("--programs", PROGRAMS, "Splitting.programs")
