@@ -42,7 +42,7 @@ def compile_ahead(
     launches it.
     """
     with _launches_tried() as wanted:
-        launch()
+        launch()  # whatever follows, since ranks wait for one another in what is not a kernel of ours
     kernels = list(wanted.values())
     if processes < 2:
         return
