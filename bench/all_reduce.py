@@ -203,9 +203,10 @@ def crossover(results: Sequence[Result], size: int) -> str:
     """
     fastest = groupby(results, key=lambda result: min(WITH_NORM, key=lambda kind: result.us[kind]))
     wins = ", ".join(f"{kind.removesuffix(', norm')} from {next(same).rows} on" for kind, same in fastest)
-    width, limits = results[0].width, Limits.of(size, DTYPE, push=False)
+    width, limits = results[0].width, Limits.of(size, DTYPE, push=True)
     used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {limits.two_shots // width}"
-    return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond"
+    pushed = f"up to {limits.pushed // width} rows are pushed by the layers that can, which is not measured here"
+    return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond; {pushed}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.provenance import json_file, provenance
-from bench.shapes import SIZES, write_config
+from bench.shapes import share, split_share, write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.attention import (
     SPLITTING,
@@ -62,12 +62,12 @@ class Shape:
     vocab_size: int
 
     @classmethod
-    def of(cls, size_and_ranks: str, folder: Path) -> Shape:
+    def of(cls, share: str, folder: Path) -> Shape:
         """Of a published size, or as "32B/2" of one of the ranks that share it. `folder` is for its config."""
-        size, _, ranks = size_and_ranks.partition("/")
+        size, ranks = split_share(share)
         config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
         shape = cls(**{name: config[name] for name in cls.__dataclass_fields__})
-        return replace(shape, **{name: getattr(shape, name) // int(ranks or 1) for name in SHARED})
+        return replace(shape, **{name: getattr(shape, name) // ranks for name in SHARED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,20 +309,12 @@ def run(sizes: list[str], kernels: list[str], block_size: int, folder: Path) -> 
                     yield measure(size, case)
 
 
-def size_and_ranks(text: str) -> str:
-    """For argparse: a published size, maybe with how many ranks share it, up to as many as it has KV heads."""
-    size, slash, ranks = text.partition("/")
-    if size not in SIZES or (slash and ranks not in ("1", "2", "4", "8")):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SIZES)}, nor such a one with /2, /4 or /8")
-    return text
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--size",
         nargs="+",
-        type=size_and_ranks,
+        type=share,
         default=["0.6B", "8B"],
         metavar="SIZE[/RANKS]",
         help="model shapes, or those of one of several ranks (default: %(default)s)",

@@ -5,6 +5,7 @@ Numbers from the config.json of each Qwen/Qwen3-* model card.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +19,23 @@ _SHAPES = {
     "32B": (5120, 25600, 64, 64, 8, False),
 }
 SIZES = tuple(_SHAPES)
+
+
+def split_share(text: str) -> tuple[str, int]:
+    """Return "32B/2", one rank's share of a size, as ("32B", 2), and "32B" as ("32B", 1).
+
+    Raises argparse.ArgumentTypeError for other sizes, or numbers of ranks that do not divide the KV heads.
+    """
+    size, slash, ranks = text.partition("/")
+    if size not in SIZES or (slash and ranks not in ("1", "2", "4", "8")):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SIZES)}, nor such a one with /2, /4 or /8")
+    return size, int(ranks or 1)
+
+
+def share(text: str) -> str:
+    """For argparse: `text`, if `split_share` takes it."""
+    split_share(text)
+    return text
 
 
 def write_config(size: str, folder: Path) -> Path:

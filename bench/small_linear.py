@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.provenance import json_file, provenance
-from bench.shapes import write_config
+from bench.shapes import share, split_share, write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.norm import Normed, Scale, add_rms_norm
 from model.kernels.runtime import triton
@@ -96,8 +96,7 @@ class Variant:
 
 
 def layers_of(model: str, folder: Path) -> list[Layer]:
-    size, _, ranks = model.partition("/")
-    tp = int(ranks or 1)
+    size, tp = split_share(model)
     config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
     hidden, inter = config["hidden_size"], config["intermediate_size"] // tp
     q_dim = config["num_attention_heads"] * config["head_dim"] // tp
@@ -406,7 +405,14 @@ def time_chain(layers: Sequence[Layer], best: dict[str, Variant], rows: int) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=list(MODELS), help="size, or size/ranks (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        type=share,
+        default=list(MODELS),
+        metavar="SIZE[/RANKS]",
+        help="model shapes, or those of one of several ranks (default: %(default)s)",
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROW_CLASSES), choices=ROW_CLASSES)
     parser.add_argument("--seconds", type=float, default=180.0, help="begin no more layers after this (%(default)s)")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write every time here")

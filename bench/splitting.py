@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels import DTYPE, Shape, decode_attention_case, integers, size_and_ranks, time_case
+from bench.kernels import DTYPE, Shape, decode_attention_case, integers, time_case
 from bench.provenance import json_file, provenance
+from bench.shapes import share
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -115,7 +116,7 @@ def main() -> int:
 
     parser.add_argument(
         "--size",
-        type=size_and_ranks,
+        type=share,
         default="0.6B",
         metavar="SIZE[/RANKS]",
         help="model shape, or that of one of several ranks (default: %(default)s)",

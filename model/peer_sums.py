@@ -115,7 +115,7 @@ class PeerSums:
     has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same order, of the
     same shapes, and no two of the same place in a row.
 
-    How a sum is made depends on shape and dtype alone, so that all sums of a step are made in the same way. That
+    In how many shots a sum is made depends on shape and dtype alone: it is the same for all sums of a step. That
     matters, since in two shots a rank has only its own rows of the residual stream, and results lie in shared memory:
     what is launched after the next sum does not find them any more. (`sum_add_rms_norm` may be given such a residual.)
 

@@ -154,7 +154,7 @@ def _take_and_compile(kernels: list[tuple[Any, str]], todo: int, done: int, devi
         function, specialization = kernels[int.from_bytes(taken, "little")]
         try:
             _compile(function, specialization)
-        except Exception:
+        except Exception:  # whatever it is, it comes again where the kernel is launched, and is not lost there
             logger.warning("cannot compile %s ahead", function.__name__, exc_info=True)
             failed = 1
         os.write(done, taken)

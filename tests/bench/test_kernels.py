@@ -1,4 +1,4 @@
-"""Which shapes the kernels' benchmarks are of."""
+"""Which shapes the benchmarks of kernels are of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.kernels import Shape, size_and_ranks
+from bench.kernels import Shape
+from bench.shapes import share
 
 
 def test_a_rank_has_its_share(tmp_path: Path) -> None:
@@ -22,10 +23,10 @@ def test_a_rank_has_its_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["0.6B", "8B/2", "32B/8"])
 def test_sizes(text: str) -> None:
-    assert size_and_ranks(text) == text
+    assert share(text) == text
 
 
 @pytest.mark.parametrize("text", ["7B", "8B/", "8B/3", "8B/16", "8B/x", "/2"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"is none of 0.6B, .*, nor such a one with /2, /4 or /8"):
-        size_and_ranks(text)
+        share(text)
