@@ -104,6 +104,7 @@ class Engine:
         self._plans = plans
         self._scheduler = self._fresh()
         self._in_flight: list[PlannedStep] = []
+        self.only_decodes = False  # in the step that was planned last
         self.times: dict[str, list[float]] = defaultdict(list)
 
     def _fresh(self) -> Scheduler:
@@ -134,6 +135,7 @@ class Engine:
                 self._plans.send(planned.plan.encode())
             self._runner.launch(planned.plan)
             self._in_flight.append(planned)
+            self.only_decodes = planned.plan.is_decode
         after_launch = clock()
         self.times["plan"].append(after_plan - began)
         self.times["launch"].append(after_launch - after_plan)
@@ -151,6 +153,7 @@ class Engine:
             self._runner.collect()
             self._in_flight.pop(0)
         self._scheduler = self._fresh()
+        self.only_decodes = False
 
 
 def _limits(config: EngineConfig, shape: Qwen3Config, runtime: RuntimeConfig, num_blocks: int) -> SchedulerLimits:
@@ -223,12 +226,17 @@ def _lead_or_follow(spec: RankSpec, work: Callable[[Engine], None]) -> None:
 
 
 def decode(engine: Engine, batch: int, context: int, steps: int) -> Profile:
-    """`batch` requests that have `context` tokens each when the measured steps begin."""
+    """`batch` requests that have `context` tokens each, or a few more, when the measured steps begin."""
+    # As long as some are prefilled, the others decode beside them, of which none may end.
+    room = max(1, engine.limits.max_mixed_tokens - batch)
+    prefills = 1 + batch * context // room
 
     def start() -> None:
         engine.reset()
-        engine.submit(batch, context, 4 * steps)
-        for _ in range(steps // 2 + 2 * (1 + batch * context // engine.limits.max_batched_tokens)):
+        engine.submit(batch, context, prefills + 4 * steps)
+        while not engine.only_decodes:
+            engine.turn()
+        for _ in range(steps // 2):
             engine.turn()
 
     def run() -> int:

@@ -46,6 +46,7 @@ LAUNCHES, REPLAYS = 24, 7
 EPS = 1e-6
 DTYPE = torch.bfloat16
 MAX_ERROR = 2e-2
+_IN_PIECES = (40, 48, 80, 96, 192)  # widths to be tried where they leave a program for nearly every multiprocessor
 
 Call = Callable[[], object]
 
@@ -68,7 +69,7 @@ class Layer:
     def parts(self, rows: int) -> int:
         """How many sums of squares a row has in front of this layer; any number, if the layer before leaves none."""
         before = tiling_for(rows, *self.behind, gated=False) if self.behind else None
-        return triton.cdiv(self.k, before.block_n if before else 64)
+        return before.parts(self.k) if before else triton.cdiv(self.k, 64)
 
     @property
     def scaled(self) -> bool:
@@ -138,7 +139,8 @@ def _ring_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
     if rows <= 32:
         yield from _tilings_of(layer, rows, (max(8, rows),), (64, 128), (1, 2, 4))
     if rows >= 32:
-        yield from _tilings_of(layer, rows, (64, 128) if rows > 64 else (64,), (16, 32, 64, 128, 256), (1, 2))
+        blocks_of_n = (16, 32, 64, 128, 256, *_IN_PIECES)
+        yield from _tilings_of(layer, rows, (64, 128) if rows > 64 else (64,), blocks_of_n, (1, 2))
 
 
 def _tilings_of(
@@ -148,6 +150,8 @@ def _tilings_of(
         programs = -(-layer.n // block_n) * -(-rows // block_rows) * splits
         steps = -(-layer.k // (splits * block_k))
         if programs < 60 or (programs > 280 and (splits > 1 or block_n < 64)) or not 2 <= steps <= 100:
+            continue
+        if block_n in _IN_PIECES and (not 120 <= programs <= 132 or (layer.gated and block_n == 40)):
             continue
         if block_n * block_k < 4096 or (block_n == 64 == block_k and rows > 64):  # tiles too small to be worth trying
             continue

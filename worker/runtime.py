@@ -14,10 +14,11 @@ from model.attention import resolve_backend
 from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
-CAPTURED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
-CAPTURED_FLOPS = 2e13
-"""Steps of so many tokens have graphs, unless they take more operations: then they keep the device busy (at 600 TFLOP/s
-for 33 ms) for longer than the host takes to launch them, and padding them would be a waste."""
+_CAPTURED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
+_CAPTURED_FLOPS_PER_LAYER = 5.6e11
+"""Steps of so many tokens have graphs, unless a layer takes more operations: then it keeps the device busy (at 620
+TFLOP/s for 0.9 ms) for longer than any host takes to launch it, and padding steps would be a waste. A layer of 12
+launches takes a host 0.2 to 0.7 ms, the longer with several ranks (measured: 64 layers of 32B on two H200s 48 ms)."""
 
 _LEAST_MIXED_TOKENS = 1024
 """Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of
@@ -35,7 +36,7 @@ class RuntimeConfig:
     max_running: int
     max_batched_tokens: int
     max_mixed_tokens: int
-    flops_per_token: float  # of this rank's layers, attention and head left out
+    captured_tokens: tuple[int, ...]  # steps of any kind are padded to so many, if a graph is worth it
     block_size: int
     cuda_graphs: bool
     run_ahead: int
@@ -61,7 +62,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
             f"max_batched_tokens={max_batched_tokens} is below max_running={max_running}: "
             "a step must have room for one token of every running request"
         )
-    flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size
+    captured = captured_tokens(checkpoint, config.tensor_parallel_size, max_batched_tokens)
     return RuntimeConfig(
         device=device,
         dtype=_dtype(config, checkpoint, on_gpu),
@@ -69,8 +70,8 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
         max_model_len=_max_model_len(config, checkpoint),
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
-        max_mixed_tokens=max_mixed_tokens(config, max_batched_tokens, max_running, flops_per_token, on_gpu=on_gpu),
-        flops_per_token=flops_per_token,
+        max_mixed_tokens=max_mixed_tokens(config, max_batched_tokens, max_running, captured if on_gpu else None),
+        captured_tokens=captured,
         block_size=config.block_size,
         cuda_graphs=config.cuda_graphs and on_gpu,
         run_ahead=config.run_ahead or (2 if on_gpu else 1),
@@ -78,17 +79,23 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     )
 
 
+def captured_tokens(checkpoint: Qwen3Config, ranks: int, max_batched_tokens: int) -> tuple[int, ...]:
+    """Return the numbers of tokens that steps of any kind are padded to, where there are graphs."""
+    flops_per_token = 2 * checkpoint.layer_parameters / ranks  # of the layers; attention and head are left out
+    most = min(checkpoint.num_hidden_layers * _CAPTURED_FLOPS_PER_LAYER / flops_per_token, max_batched_tokens)
+    return tuple(tokens for tokens in _CAPTURED_TOKENS if tokens <= most)
+
+
 def max_mixed_tokens(
-    config: EngineConfig, max_batched_tokens: int, max_running: int, flops_per_token: float, *, on_gpu: bool
+    config: EngineConfig, max_batched_tokens: int, max_running: int, captured: tuple[int, ...] | None
 ) -> int:
-    """Return how many tokens a step may compute in which requests decode.
+    """Return how many tokens a step may compute in which requests decode; None stands for a device without graphs.
 
     Raises:
         ConfigError: what was asked for does not lie between `max_running` and `max_batched_tokens`.
     """
     if config.max_mixed_tokens is None:
-        captured = [tokens for tokens in CAPTURED_TOKENS if tokens * flops_per_token <= CAPTURED_FLOPS]
-        wanted = max(captured, default=0) if on_gpu else max_batched_tokens
+        wanted = max_batched_tokens if captured is None else max(captured, default=0)
         return min(max(wanted, _LEAST_MIXED_TOKENS, max_running), max_batched_tokens)
     if not max_running <= config.max_mixed_tokens <= max_batched_tokens:
         raise ConfigError(

@@ -15,7 +15,7 @@ import numpy as np
 
 from model.attention import CapturedSteps
 from worker.plan import ADMISSION, NO_ADMISSION, StepBounds, StepPlan
-from worker.runtime import CAPTURED_FLOPS, CAPTURED_TOKENS, RuntimeConfig
+from worker.runtime import RuntimeConfig
 
 _DECODE_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 4097, 64))
 _FEW_ROWS = 8
@@ -132,11 +132,9 @@ def step_shapes(runtime: RuntimeConfig, captured: CapturedSteps) -> list[StepSha
         for rows in [*(rows for rows in _DECODE_ROWS if rows < limit), limit]
     ]
     if captured == "all":
-        most = min(runtime.max_batched_tokens, CAPTURED_FLOPS / runtime.flops_per_token)
         shapes += [
             StepShape.mixed(tokens, rows, runtime.max_model_len)
-            for tokens in CAPTURED_TOKENS
-            if tokens <= most
+            for tokens in runtime.captured_tokens
             for rows in sorted({min(_FEW_ROWS, limit), limit})
         ]
     return shapes

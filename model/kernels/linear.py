@@ -12,7 +12,7 @@ import torch
 from model.kernels import packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.dependent import dependent_launch
-from model.kernels.norm import Normed, add_rms_norm
+from model.kernels.norm import Normed, add_rms_norm, rms_norm
 from model.kernels.peer_sum import Push
 from model.kernels.runtime import fetches_tiles, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
@@ -74,23 +74,26 @@ def linear_add_norm(
 ) -> tuple[Normed, torch.Tensor]:
     """Return (rms_norm(residual + linear(x), gain, eps), residual + linear(x)).
 
-    x, weight, bias: as for `linear`. residual: [rows, n]. gain: [n]. Inputs are not written.
+    x, weight, bias: as for `linear`. residual: [rows, n], contiguous; the second result may take its memory. gain: [n].
     """
     tiling = _tiling(x, weight)
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_add_norm_triton(x, weight, bias, residual, gain, eps, tiling=tiling, pdl=pdl)
+    if bias is None and x.is_cuda:  # cuBLAS adds where it stores, so that the norm has half as much to read and write
+        total = residual.addmm_(x, weight.t())
+        return Normed(rms_norm(total, gain, eps)), total
     normed, total = add_rms_norm(packed.linear(x, weight, bias), residual, gain, eps)
     return Normed(normed), total
 
 
-def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, least_rows: int = 0) -> Tiling | None:
-    """How to compute a layer in one launch, as of `least_rows` where there are fewer; None where that is not to be
-    done."""
+def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, push: bool = False) -> Tiling | None:
+    """How to compute a layer in one launch; None where that is not to be done."""
     if not _wants_small_linear(x):
         return None
     n, k = weight.shape
-    tiling = tiling_for(max(x.shape[0], least_rows), n, k, gated=gated)
+    rows = max(x.shape[0], _RING_ROWS) if push else x.shape[0]
+    tiling = tiling_for(rows, n, k, gated=gated, push=push)
     if tiling is not None and tiling.form == "ring" and not fetches_tiles(x.device):
         return None
     return tiling
@@ -99,7 +102,7 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, least
 def _pushing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
     """How to compute a layer that pushes; None where it cannot. Of one row or two, too, only ring does: programs of fma
     have but a few features each, and would wait long for those to arrive."""
-    tiling = _tiling(x, weight, least_rows=_RING_ROWS)
+    tiling = _tiling(x, weight, push=True)
     return tiling if tiling is not None and tiling.form == "ring" else None
 
 

@@ -29,12 +29,42 @@ def _rows_layout(rows, columns, warps, of_each=1):
     return gl.BlockedLayout([1, per_thread, of_each], [32 // across, across, 1], [warps, 1, 1], [2, 1, 0])
 
 
+@gluon_constexpr
+def pieces(block_n):
+    """Return the widths of the one or two pieces that a tile is made of: tensors have powers of two."""
+    wide = 1 << (block_n.bit_length() - 1)
+    return wide, block_n - wide
+
+
 @gluon_jit
-def _request_weights(
+def _request_piece(
     weight_tiles,
     weights,
     ready,
-    tile,
+    feature,
+    column,
+    wanted,
+    n,
+    PIECE: gl.constexpr,
+    GATED: gl.constexpr,
+):
+    """Ask for a piece of a program's tile of the weight, whose features begin at `feature`."""
+    if GATED:
+        HALF: gl.constexpr = PIECE // 2
+        copy_tile(weight_tiles, [feature, column], ready, weights.slice(0, HALF), pred=wanted)
+        copy_tile(weight_tiles, [n // 2 + feature, column], ready, weights.slice(HALF, HALF), pred=wanted)
+    else:
+        copy_tile(weight_tiles, [feature, column], ready, weights, pred=wanted)
+
+
+@gluon_jit
+def _request_weights(
+    wide_tiles,
+    narrow_tiles,
+    wide,
+    narrow,
+    ready,
+    feature,
     column,
     last,
     n,
@@ -43,14 +73,14 @@ def _request_weights(
     GATED: gl.constexpr,
 ):
     """Ask for a program's tile of the weight that begins at `column`, if that is below `last`."""
+    WIDE: gl.constexpr = pieces(BLOCK_N)[0]
+    NARROW: gl.constexpr = pieces(BLOCK_N)[1]
     wanted = column < last
     hopper.mbarrier.expect(ready, BLOCK_N * BLOCK_K * 2, pred=wanted)
-    if GATED:
-        HALF: gl.constexpr = BLOCK_N // 2
-        copy_tile(weight_tiles, [tile * HALF, column], ready, weights.slice(0, HALF), pred=wanted)
-        copy_tile(weight_tiles, [n // 2 + tile * HALF, column], ready, weights.slice(HALF, HALF), pred=wanted)
-    else:
-        copy_tile(weight_tiles, [tile * BLOCK_N, column], ready, weights, pred=wanted)
+    _request_piece(wide_tiles, wide, ready, feature, column, wanted, n, WIDE, GATED)
+    if NARROW > 0:
+        behind = feature + (WIDE // 2 if GATED else WIDE)
+        _request_piece(narrow_tiles, narrow, ready, behind, column, wanted, n, NARROW, GATED)
 
 
 @gluon_jit
@@ -75,16 +105,136 @@ def _load_features(
     return of_features
 
 
+@gluon_jit
+def _multiply(x, weights, products, X_LEFT: gl.constexpr):
+    """Add the products of a tile of x and one of the weight, [rows, features] or turned over, without waiting."""
+    if X_LEFT:
+        products = hopper.warpgroup_mma(x, weights.permute((1, 0)), products, is_async=True)
+    else:
+        products = hopper.warpgroup_mma(weights, x.permute((1, 0)), products, is_async=True)
+    return products
+
+
+@gluon_jit
+def _zeros(ROWS: gl.constexpr, FEATURES: gl.constexpr, X_LEFT: gl.constexpr, warps: gl.constexpr):
+    if X_LEFT:
+        products = gl.full([ROWS, FEATURES], 0.0, gl.float32, products_layout(FEATURES, warps))
+    else:
+        products = gl.full([FEATURES, ROWS], 0.0, gl.float32, products_layout(ROWS, warps))
+    return products
+
+
+@gluon_jit
+def _by_rows(products, X_LEFT: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return [rows, features] in a layout of rows."""
+    if not X_LEFT:
+        products = gl.permute(products, (1, 0))
+    return gl.convert_layout(products, LAYOUT)
+
+
+@gluon_jit
+def _own_part(ROWS: gl.constexpr, PIECE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return where a program's sums of a piece lie in its part of the memory that splits share: [ROWS, PIECE]."""
+    own = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None] * PIECE
+    return own + gl.arange(0, PIECE, gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon_jit
+def _add_parts(
+    partial_ptr,  # [SPLITS, stride] float32: of all programs that share this reduction
+    own,
+    stride: gl.constexpr,
+    SPLITS: gl.constexpr,
+):
+    """Return the sums over all splits, in a fixed order."""
+    # Past the L1 cache, which does not see what other multiprocessors write.
+    total = gl.load(partial_ptr + own, cache_modifier=".cg")
+    for split in gl.static_range(1, SPLITS):
+        total += gl.load(partial_ptr + split * stride + own, cache_modifier=".cg")
+    return total
+
+
+@gluon_jit
+def _load_residual(residual_ptr, feature, features, first_row, rows, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    inside = (row < rows)[:, None] & (feature < features)[None, :]
+    offsets = row.to(gl.int64)[:, None] * features + feature[None, :]
+    return gl.load(residual_ptr + offsets, mask=inside, other=0.0)
+
+
+@gluon_jit
+def _finish(
+    total,  # [ROWS, PIECE] float32: products
+    means,  # [ROWS] float32: of squares, and eps
+    bias,
+    up_bias,
+    gain,
+    residual,  # [ROWS, FEATURES] with ADD
+    feature,  # [FEATURES]
+    features,
+    first_row,
+    rows,
+    total_ptr,
+    own_squares_ptr,  # [rows, parts]: the place of this piece in the first row
+    parts,
+    out_ptr,
+    inboxes,
+    ROWS: gl.constexpr,
+    FEATURES: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    SCALED: gl.constexpr,
+    BIAS: gl.constexpr,
+    ADD: gl.constexpr,
+    GATED: gl.constexpr,
+    RANKS: gl.constexpr,
+    RANK: gl.constexpr,
+    warps: gl.constexpr,
+):
+    """Apply to a piece's products what stands around the layer, and store what comes out."""
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    ups = total
+    if GATED:
+        pairs = gl.permute(gl.reshape(total, [ROWS, 2, FEATURES]), (0, 2, 1))
+        total, ups = gl.split(gl.convert_layout(pairs, _rows_layout(ROWS, FEATURES, warps, 2)))
+        total, ups = gl.convert_layout(total, LAYOUT), gl.convert_layout(ups, LAYOUT)
+    if SCALED:
+        scale = gl.convert_layout(gl.rsqrt(means), gl.SliceLayout(1, LAYOUT))[:, None]
+        total *= scale
+        ups *= scale
+    if BIAS:
+        total += bias[None, :]
+        if GATED:
+            ups += up_bias[None, :]
+    if GATED:
+        gate = total.to(dtype).to(gl.float32)
+        total = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32) * ups.to(dtype).to(gl.float32)
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    inside = (row < rows)[:, None] & (feature < features)[None, :]
+    offsets = row.to(gl.int64)[:, None] * features + feature[None, :]
+    if ADD:
+        rounded = (total + residual.to(gl.float32)).to(dtype)
+        gl.store(total_ptr + offsets, rounded, mask=inside)
+        total = rounded.to(gl.float32)
+        gl.store(own_squares_ptr + row * parts, gl.sum(total * total, axis=1), mask=row < rows)
+        total *= gain[None, :]
+    out = total.to(dtype)
+    for rank in gl.static_range(RANKS):
+        if rank != RANK:  # these first, since they have the longer way
+            gl.store(inboxes[rank] + offsets, out, mask=inside)
+    gl.store(out_ptr + offsets, out, mask=inside)
+
+
 @gluon_jit_once("rows")
 def ring_kernel(
     x_tiles,  # descriptor of x [rows, k], tiles [ROWS, BLOCK_K]
-    weight_tiles,  # descriptor of the weight [n, k], tiles [BLOCK_N, BLOCK_K], with GATED [BLOCK_N / 2, BLOCK_K]
+    wide_tiles,  # descriptor of the weight [n, k], tiles [WIDE, BLOCK_K], with GATED [WIDE / 2, BLOCK_K]
+    narrow_tiles,  # the same of NARROW; not used if that is 0
     bias_ptr,  # [n], read only with BIAS
     squares_ptr,  # [rows, parts] float32, read only where SQUARES, the next power of two, is not 0
     residual_ptr,  # [rows, n], read only with ADD
     gain_ptr,  # [n], read only with ADD
     total_ptr,  # [rows, n], written only with ADD
-    own_squares_ptr,  # [rows, tiles] float32, written only with ADD
+    own_squares_ptr,  # [rows, pieces of all tiles] float32, written only with ADD
     out_ptr,  # [rows, n], with GATED [rows, n / 2]
     inboxes_ptr,  # [RANKS] int64: of `peer_sum.Push`, read only where RANKS is not 0
     partial_ptr,  # [blocks of rows, tiles, SPLITS, ROWS, BLOCK_N] float32, where SPLITS > 1
@@ -115,15 +265,24 @@ def ring_kernel(
     """
     begin_dependents(PDL)
     X_LEFT: gl.constexpr = ROWS >= 64
-    FEATURES: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    LAYOUT: gl.constexpr = _rows_layout(ROWS, FEATURES, num_warps)
+    WIDE: gl.constexpr = pieces(BLOCK_N)[0]
+    NARROW: gl.constexpr = pieces(BLOCK_N)[1]
+    WIDE_FEATURES: gl.constexpr = WIDE // 2 if GATED else WIDE
+    NARROW_FEATURES: gl.constexpr = NARROW // 2 if GATED else NARROW
+    LAYOUT: gl.constexpr = _rows_layout(ROWS, WIDE_FEATURES, num_warps)
+    NARROW_LAYOUT: gl.constexpr = _rows_layout(ROWS, max(1, NARROW_FEATURES), num_warps)
+    EARLY: gl.constexpr = 32 * 32 * num_warps >= ROWS * BLOCK_N  # registers have room for what is added
     tile = gl.program_id(0)
     first_row = gl.program_id(1) * ROWS
     split = gl.program_id(2)
     part = (k + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     first = split * part
     last = gl.minimum(first + part, k)
-    weights = gl.allocate_shared_memory(weight_tiles.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_tiles.layout)
+    first_feature = tile * (WIDE_FEATURES + NARROW_FEATURES)
+    wide = gl.allocate_shared_memory(wide_tiles.dtype, [STAGES, WIDE, BLOCK_K], wide_tiles.layout)
+    narrow = wide
+    if NARROW > 0:
+        narrow = gl.allocate_shared_memory(narrow_tiles.dtype, [STAGES, NARROW, BLOCK_K], narrow_tiles.layout)
     xs = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, ROWS, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -131,10 +290,11 @@ def ring_kernel(
     for stage in gl.static_range(STAGES):
         column = first + stage * BLOCK_K
         _request_weights(
-            weight_tiles, weights.index(stage), ready.index(stage), tile, column, last, n, BLOCK_N, BLOCK_K, GATED
+            *(wide_tiles, narrow_tiles, wide.index(stage), narrow.index(stage), ready.index(stage)),
+            *(first_feature, column, last, n, BLOCK_N, BLOCK_K, GATED),
         )
     features = n // 2 if GATED else n
-    feature = tile * FEATURES + gl.arange(0, FEATURES, gl.SliceLayout(0, LAYOUT))
+    feature = first_feature + gl.arange(0, WIDE_FEATURES, gl.SliceLayout(0, LAYOUT))
     bias = _load_features(bias_ptr, feature, features, BIAS)
     up_bias = _load_features(bias_ptr + features, feature, features, BIAS and GATED)
     gain = _load_features(gain_ptr, feature, features, ADD)
@@ -149,41 +309,40 @@ def ring_kernel(
     for stage in gl.static_range(STAGES):
         column = first + stage * BLOCK_K
         _request_rows(x_tiles, xs.index(stage), ready.index(stage), first_row, column, last, ROWS, BLOCK_K)
-    # What is applied to the products is on its way while they are computed.
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    inside = (row < rows)[:, None] & (feature < features)[None, :]
-    offsets = row.to(gl.int64)[:, None] * features + feature[None, :]
-    if ADD:
-        residual = gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
+    # What is applied to the products is on its way while they are computed, if there is room for it.
+    residual = bias
+    if ADD and EARLY:
+        residual = _load_residual(residual_ptr, feature, features, first_row, rows, ROWS, LAYOUT)
+    SQUARES_LAYOUT: gl.constexpr = _rows_layout(ROWS, max(1, SQUARES), num_warps)
+    means = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SQUARES_LAYOUT))
     if SQUARES > 0:
-        SQUARES_LAYOUT: gl.constexpr = _rows_layout(ROWS, SQUARES, num_warps)
         scaled = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SQUARES_LAYOUT))
         place = gl.arange(0, SQUARES, gl.SliceLayout(0, SQUARES_LAYOUT))
         there = (scaled < rows)[:, None] & (place < parts)[None, :]
         squares = gl.load(squares_ptr + scaled[:, None] * parts + place[None, :], mask=there, other=0.0)
 
-    if X_LEFT:
-        products = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, products_layout(BLOCK_N, num_warps))
-    else:
-        products = gl.full([BLOCK_N, ROWS], 0.0, gl.float32, products_layout(ROWS, num_warps))
+    products = _zeros(ROWS, WIDE, X_LEFT, num_warps)
+    narrow_products = products
+    if NARROW > 0:
+        narrow_products = _zeros(ROWS, NARROW, X_LEFT, num_warps)
     stage = 0
     phase = 0
     for column in range(first, last, BLOCK_K):
         hopper.mbarrier.wait(ready.index(stage), phase)
-        weight = weights.index(stage)
         x = xs.index(stage)
-        if X_LEFT:
-            products = hopper.warpgroup_mma(x, weight.permute((1, 0)), products, is_async=True)
-        else:
-            products = hopper.warpgroup_mma(weight, x.permute((1, 0)), products, is_async=True)
+        products = _multiply(x, wide.index(stage), products, X_LEFT)
         # With many rows the matrix units are busy: a tile's place is free when the one behind it is being multiplied.
-        products = hopper.warpgroup_mma_wait(1 if X_LEFT else 0, deps=(products,))
+        if NARROW > 0:
+            narrow_products = _multiply(x, narrow.index(stage), narrow_products, X_LEFT)
+            products, narrow_products = hopper.warpgroup_mma_wait(2 if X_LEFT else 0, deps=(products, narrow_products))
+        else:
+            products = hopper.warpgroup_mma_wait(1 if X_LEFT else 0, deps=(products,))
         free = (stage + STAGES - 1) % STAGES if X_LEFT else stage
         ahead = column + (STAGES - 1 if X_LEFT else STAGES) * BLOCK_K
         if column > first or not X_LEFT:
             _request_weights(
-                *(weight_tiles, weights.index(free), ready.index(free), tile, ahead, last, n),
-                *(BLOCK_N, BLOCK_K, GATED),
+                *(wide_tiles, narrow_tiles, wide.index(free), narrow.index(free), ready.index(free)),
+                *(first_feature, ahead, last, n, BLOCK_N, BLOCK_K, GATED),
             )
             _request_rows(x_tiles, xs.index(free), ready.index(free), first_row, ahead, last, ROWS, BLOCK_K)
         stage += 1
@@ -191,51 +350,54 @@ def ring_kernel(
             stage = 0
             phase ^= 1
 
-    products = hopper.warpgroup_mma_wait(0, deps=(products,))
-    if not X_LEFT:
-        products = gl.permute(products, (1, 0))
-    WHOLE: gl.constexpr = _rows_layout(ROWS, BLOCK_N, num_warps)
-    total = gl.convert_layout(products, WHOLE)
+    if NARROW > 0:
+        products, narrow_products = hopper.warpgroup_mma_wait(0, deps=(products, narrow_products))
+    else:
+        products = hopper.warpgroup_mma_wait(0, deps=(products,))
+    WHOLE: gl.constexpr = _rows_layout(ROWS, WIDE, num_warps)
+    NARROW_WHOLE: gl.constexpr = _rows_layout(ROWS, max(1, NARROW), num_warps)
+    total = _by_rows(products, X_LEFT, WHOLE)
+    narrow_total = total
+    if NARROW > 0:
+        narrow_total = _by_rows(narrow_products, X_LEFT, NARROW_WHOLE)
     if SPLITS > 1:
         SIZE: gl.constexpr = ROWS * BLOCK_N
-        own = gl.arange(0, ROWS, gl.SliceLayout(1, WHOLE))[:, None] * BLOCK_N
-        own += gl.arange(0, BLOCK_N, gl.SliceLayout(0, WHOLE))[None, :]
         unit = gl.program_id(1) * gl.num_programs(0) + tile
-        gl.store(partial_ptr + (unit * SPLITS + split) * SIZE + own, total)
+        of_unit = partial_ptr + unit * SPLITS * SIZE
+        own = _own_part(ROWS, WIDE, WHOLE)
+        gl.store(of_unit + split * SIZE + own, total)
+        if NARROW > 0:
+            narrow_own = ROWS * WIDE + _own_part(ROWS, NARROW, NARROW_WHOLE)
+            gl.store(of_unit + split * SIZE + narrow_own, narrow_total)
         thread_barrier()  # every thread's part is stored before one of them tells so
         if gl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") != SPLITS - 1:
             return
         gl.store(arrivals_ptr + unit, 0)
-        total = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, WHOLE)
-        for other in gl.static_range(SPLITS):
-            # Past the L1 cache, which does not see what other multiprocessors write.
-            total += gl.load(partial_ptr + (unit * SPLITS + other) * SIZE + own, cache_modifier=".cg")
+        total = _add_parts(of_unit, own, SIZE, SPLITS)
+        if NARROW > 0:
+            narrow_total = _add_parts(of_unit, narrow_own, SIZE, SPLITS)
 
-    ups = total
-    if GATED:
-        pairs = gl.permute(gl.reshape(total, [ROWS, 2, FEATURES]), (0, 2, 1))
-        total, ups = gl.split(gl.convert_layout(pairs, _rows_layout(ROWS, FEATURES, num_warps, 2)))
-        total, ups = gl.convert_layout(total, LAYOUT), gl.convert_layout(ups, LAYOUT)
     if SQUARES > 0:
-        scale = gl.convert_layout(gl.rsqrt(gl.sum(squares, axis=1) / k + eps), gl.SliceLayout(1, LAYOUT))[:, None]
-        total *= scale
-        ups *= scale
-    if BIAS:
-        total += bias[None, :]
-        if GATED:
-            ups += up_bias[None, :]
-    if GATED:
-        gate = total.to(dtype).to(gl.float32)
-        total = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32) * ups.to(dtype).to(gl.float32)
-    if ADD:
-        rounded = (total + residual).to(dtype)
-        gl.store(total_ptr + offsets, rounded, mask=inside)
-        total = rounded.to(gl.float32)
-        own_squares = own_squares_ptr + row * gl.num_programs(0) + tile
-        gl.store(own_squares, gl.sum(total * total, axis=1), mask=row < rows)
-        total *= gain[None, :]
-    out = total.to(dtype)
-    for rank in gl.static_range(RANKS):
-        if rank != RANK:  # these first, since they have the longer way
-            gl.store(inboxes[rank] + offsets, out, mask=inside)
-    gl.store(out_ptr + offsets, out, mask=inside)
+        means = gl.sum(squares, axis=1) / k + eps
+    if ADD and not EARLY:
+        residual = _load_residual(residual_ptr, feature, features, first_row, rows, ROWS, LAYOUT)
+    PIECES: gl.constexpr = 2 if NARROW > 0 else 1
+    own_parts = gl.num_programs(0) * PIECES
+    _finish(
+        *(total, means, bias, up_bias, gain, residual, feature, features, first_row, rows),
+        *(total_ptr, own_squares_ptr + tile * PIECES, own_parts, out_ptr, inboxes),
+        *(ROWS, WIDE_FEATURES, LAYOUT, SQUARES > 0, BIAS, ADD, GATED, RANKS, RANK, num_warps),
+    )
+    if NARROW > 0:
+        feature = first_feature + WIDE_FEATURES + gl.arange(0, NARROW_FEATURES, gl.SliceLayout(0, NARROW_LAYOUT))
+        bias = _load_features(bias_ptr, feature, features, BIAS)
+        up_bias = _load_features(bias_ptr + features, feature, features, BIAS and GATED)
+        gain = _load_features(gain_ptr, feature, features, ADD)
+        residual = bias
+        if ADD:
+            residual = _load_residual(residual_ptr, feature, features, first_row, rows, ROWS, NARROW_LAYOUT)
+        _finish(
+            *(narrow_total, means, bias, up_bias, gain, residual, feature, features, first_row, rows),
+            *(total_ptr, own_squares_ptr + tile * PIECES + 1, own_parts, out_ptr, inboxes),
+            *(ROWS, NARROW_FEATURES, NARROW_LAYOUT, SQUARES > 0, BIAS, ADD, GATED, RANKS, RANK, num_warps),
+        )

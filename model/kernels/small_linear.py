@@ -40,7 +40,7 @@ from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
 from model.kernels.peer_sum import Push
-from model.kernels.ring_linear import ring_kernel
+from model.kernels.ring_linear import pieces, ring_kernel
 from model.kernels.runtime import jit, jit_once, tl, triton
 from model.kernels.tiles import tiles_of
 
@@ -53,10 +53,11 @@ class Tiling:
 
     A launch takes up to `rows` rows: 1 or 2 of fma. A tile is `block_n` weight rows (of a gated layer half of them
     gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for each of its `warps`, so that a
-    thread has the same eight columns of all rows. `stages` tiles are under way at a time, in registers (fma) or in
-    shared memory (ring). `splits` programs share the reduction of the same features, the last of which to arrive adds
-    up what all have, in a fixed order (ring). A program of ring has `block_rows` of the rows, one of fma all; with 64
-    or more of them they are the left operand, else the weight is, of which `block_n` must then be 64 or more.
+    thread has the same eight columns of all rows, and ring a `block_n` that is a power of two or the sum of two, each
+    of which is then a piece of its own. `stages` tiles are under way at a time, in registers (fma) or in shared memory
+    (ring). `splits` programs share the reduction of the same features, the last of which to arrive adds up what all
+    have, in a fixed order (ring). A program of ring has `block_rows` of the rows, one of fma all; with 64 or more of
+    them they are the left operand, else the weight is, of which pieces must then be 64 or more.
     """
 
     form: Literal["fma", "ring"]
@@ -73,8 +74,18 @@ class Tiling:
             assert self.block_k == 256 * self.warps, "a thread of fma has eight columns of a tile"
             assert self.rows <= 2, "fma has one or two rows"
         else:
-            assert max(self.block_rows, self.block_n) >= 64, "the left operand of ring has 64 rows or more"
+            left = max(self.block_rows, self.pieces[1] or self.block_n)
+            assert left >= 64, "the left operand of ring has 64 rows or more"
             assert self.stages >= 2, "a ring has two places or more"
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """The widths of a tile's two pieces, the second of which may be 0."""
+        return pieces(self.block_n)
+
+    def parts(self, n: int) -> int:
+        """How many sums of squares a launch that adds leaves of each of its rows of n features."""
+        return triton.cdiv(n, self.block_n) * (2 if self.pieces[1] else 1)
 
 
 def small_linear_torch(
@@ -149,8 +160,7 @@ def small_linear_add_norm_triton(
 ) -> tuple[Normed, torch.Tensor]:
     """As `small_linear_add_norm_torch`, on the terms of `small_linear_triton`; what is normed is still to be scaled."""
     scaled, total = torch.empty_like(residual), torch.empty_like(residual)
-    tiles = triton.cdiv(weight.shape[0], tiling.block_n)
-    squares = torch.empty((x.shape[0], tiles), dtype=torch.float32, device=x.device)
+    squares = torch.empty((x.shape[0], tiling.parts(weight.shape[0])), dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, scaled, added=(residual, gain, total, squares), tiling=tiling, pdl=pdl)
     return Normed(scaled, Scale(squares, total, gain, eps)), total
 
@@ -208,9 +218,12 @@ def _launch(
         )
     elif rows:  # of none there is no descriptor
         blocks = triton.cdiv(rows, tiling.block_rows)
+        wide, narrow = (piece // (2 if gated else 1) for piece in tiling.pieces)
+        assert narrow % 8 == 0, f"gates or ups of {narrow} weight rows do not lie where matrix units find them"
         ring_kernel[(tiles, blocks, tiling.splits)](
             tiles_of(x, tiling.block_rows, tiling.block_k),
-            tiles_of(weight, tiling.block_n // (2 if gated else 1), tiling.block_k),
+            tiles_of(weight, wide, tiling.block_k),
+            tiles_of(weight, narrow or wide, tiling.block_k),
             *arguments,
             nothing if push is None else push.inboxes,
             *_split_memory(tiles * blocks, tiling.splits, tiling.block_rows * tiling.block_n, x.device),

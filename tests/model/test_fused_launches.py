@@ -82,9 +82,9 @@ def test_either_side_of_a_norm_may_be_separate_operations(launches: list[str], f
     with fused_launches():
         tiling_for, hidden_size = linear.tiling_for, TINY["hidden_size"]
 
-        def tiling(rows: int, n: int, k: int, *, gated: bool) -> Any:
+        def tiling(rows: int, n: int, k: int, **options: bool) -> Any:
             adds = n == hidden_size
-            return None if adds == (separate == "row parallel") else tiling_for(rows, n, k, gated=gated)
+            return None if adds == (separate == "row parallel") else tiling_for(rows, n, k, **options)
 
         with patch.object(linear, "tiling_for", tiling):
             logits = decode(unpack(load(folder)), 2, launches)

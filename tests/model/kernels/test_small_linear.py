@@ -35,6 +35,10 @@ RINGS = [
     replace(RING, rows=256, block_n=32, splits=2, block_rows=64),
     replace(RING, rows=256, warps=8, block_rows=128),
     replace(RING, rows=64, stages=2, block_rows=16),
+    replace(RING, rows=64, block_n=48, stages=4, block_rows=64),  # of two pieces
+    replace(RING, rows=64, block_n=96, splits=2, block_rows=64),
+    replace(RING, rows=256, block_n=192, block_k=64, warps=8, block_rows=128),
+    replace(RING, rows=16, block_n=192),
 ]
 """In Gluon, for Hopper: no interpreter runs them (test_compiling.py compiles them everywhere)."""
 TILINGS = [
@@ -160,7 +164,10 @@ def test_small_linear_add_norm(triton_device: torch.device, dtype: torch.dtype, 
         squares = total.double().square()
         assert relative_error(normed.scale.squares.double().sum(1), squares.sum(1)) < 1e-6, (n, k, rows)
         tiles = F.pad(squares, (0, -n % tiling.block_n)).unflatten(1, (-1, tiling.block_n))
-        assert relative_error(normed.scale.squares, tiles.sum(2)) < 1e-6, "each has a place of its own"
+        pieces = [piece.sum(2) for piece in tiles.split([width for width in tiling.pieces if width], 2)]
+        parts = torch.stack(pieces, dim=2).flatten(1)
+        assert parts.shape[1] == tiling.parts(n)
+        assert relative_error(normed.scale.squares, parts) < 1e-6, "each has a place of its own"
         separate, expected_total = small_linear_add_norm_torch(*arguments)
         assert relative_error(total, expected_total) < CLOSE[dtype], (n, k, rows)
         assert relative_error(normed.finish(), separate.x) < 2 * CLOSE[dtype], (n, k, rows)
