@@ -58,7 +58,6 @@ MEASURED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(1, 4096, 2048): Tiling("fma", 1, 4, 512, 2, 1, 4),  # 8B/2 o: 5.0, else 5.6
         Work(64, 4096, 2048): Tiling("ring", 64, 64, 128, 4, 1, 6, 64),  # 8B/2 o: 5.9, else 6.5
         Work(2, 12288, 4096, gated=True): Tiling("fma", 2, 4, 1024, 4, 1, 4),  # 8B/2 gate_up: 24.3, else 25.2
-        Work(128, 24576, 4096, gated=True): Tiling("ring", 128, 192, 64, 8, 1, 5, 128),  # 8B gate_up: 54.9, else 60.5
         Work(64, 12288, 4096, gated=True): Tiling("ring", 64, 96, 128, 4, 1, 5, 64),  # 8B/2 gate_up: 26.3, else 36.7
         Work(8, 5120, 5120): Tiling("ring", 8, 64, 128, 4, 1, 5, 8),  # 32B/2 qkv: 14.5, else 15.4
         Work(16, 5120, 5120): Tiling("ring", 16, 64, 128, 4, 1, 5, 16),  # 32B/2 qkv: 14.8, else 16.2
