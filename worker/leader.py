@@ -36,8 +36,8 @@ REPORT_S = 1.0
 """How often a gateway hears from the leader at least, and how long an idle leader sleeps at most."""
 
 LINGER_S = 0.005
-"""How long an idle leader of GPUs stays awake. A request that comes soon after another need not wait until a core and its
-caches are warm again: a first token of 0.6B comes 0.3 ms sooner (of 3.7, on an H200's host)."""
+"""How long an idle leader of GPUs stays awake. A request that comes soon after another need not wait until a core and
+its caches are warm again: a first token of 0.6B comes 0.3 ms sooner (of 3.7, on an H200's host)."""
 
 
 class StepRunner(Protocol):
