@@ -13,7 +13,7 @@ from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.norm import rms_norm_torch
 from model.kernels.runtime import jit, tl, triton, use_triton
 
-_HEADS_PER_PROGRAM = 8
+_HEADS_PER_PROGRAM = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
