@@ -70,8 +70,10 @@ def test_the_crossover_tells_who_wins_from_where_on() -> None:
 
     said = crossover(results((9, 5, 7), (10, 6, 7), (12, 9, 8), (13, 19, 18)), 4)
     assert said.startswith("width 1024: fastest with norm are one_shot from 1 on, two_shot from 4 on, nccl from 8 on; ")
+    one_shot = MAX_PEER_BYTES // 3 // 2048
+    pushed = min(MAX_PUSHED_BYTES // 2048, one_shot)
     assert said.endswith(
-        f"used are one_shot up to {MAX_PEER_BYTES // 3 // 2048} rows, two_shot up to 10240, nccl beyond; "
-        f"up to {min(MAX_PUSHED_BYTES, MAX_PEER_BYTES // 3) // 2048} rows are pushed by the layers that can, which is not measured here"
+        f"used are one_shot up to {one_shot} rows, two_shot up to 10240, nccl beyond; "
+        f"up to {pushed} rows are pushed by the layers that can, which is not measured here"
     )
     assert crossover(results((9, 10, 11)), 2).startswith("width 1024: fastest with norm are nccl from 1 on; ")
