@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ from worker.channel import PlanReceiver, PlanSender, private_endpoint
 from worker.children import RankSpec
 from worker.config import ConfigError, EngineConfig
 from worker.follower import Follower
-from worker.messages import SamplingParams, Submit, ids_to_bytes
+from worker.messages import EngineStats, SamplingParams, Submit, ids_to_bytes
 from worker.rank import join
 from worker.runner import Runner, build_runner
 from worker.runtime import RuntimeConfig, resolve
@@ -155,6 +155,10 @@ class Engine:
         self._scheduler = self._fresh()
         self.only_decodes = False
 
+    @property
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
 
 def _limits(config: EngineConfig, shape: Qwen3Config, runtime: RuntimeConfig, num_blocks: int) -> SchedulerLimits:
     return SchedulerLimits(
@@ -202,6 +206,9 @@ def run_rank(rank: int, specs: list[RankSpec], work: Callable[[Engine], None]) -
     code = 0
     try:
         _lead_or_follow(specs[rank], work)
+    except ConfigError as error:
+        print(f"bench.profile: {error}", file=sys.stderr, flush=True)
+        code = 1
     except Exception:
         traceback.print_exc()
         code = 1
@@ -226,25 +233,49 @@ def _lead_or_follow(spec: RankSpec, work: Callable[[Engine], None]) -> None:
 
 
 def decode(engine: Engine, batch: int, context: int, steps: int) -> Profile:
-    """`batch` requests that have `context` tokens each, or a few more, when the measured steps begin."""
-    # As long as some are prefilled, the others decode beside them, of which none may end.
-    room = max(1, engine.limits.max_mixed_tokens - batch)
-    prefills = 1 + batch * context // room
+    """`batch` requests whose prompts have `context` tokens, and their output some more.
+
+    Raises:
+        ConfigError: see `start_decodes`.
+    """
+    outputs = 0.0
 
     def start() -> None:
-        engine.reset()
-        engine.submit(batch, context, prefills + 4 * steps)
-        while not engine.only_decodes:
-            engine.turn()
-        for _ in range(steps // 2):
-            engine.turn()
+        nonlocal outputs
+        outputs = start_decodes(engine, batch, context, steps)
 
     def run() -> int:
         for _ in range(steps):
             engine.turn()
         return steps
 
-    return _measure(engine, f"decode batch {batch} context {context}", start, run)
+    measured = _measure(engine, f"decode batch {batch} context {context}", start, run)
+    return replace(measured, workload=f"{measured.workload} + {outputs + steps / 2:.0f}")
+
+
+def start_decodes(engine: Engine, batch: int, context: int, steps: int) -> float:
+    """Let `batch` requests of `context` tokens begin, and return when steps have been of decodes alone for a while.
+
+    They go on for `steps` at least. Returns how many tokens of output they have, on average.
+
+    Raises:
+        ConfigError: they cannot all decode at a time.
+    """
+    # As long as some are prefilled, the others decode beside them, of which none may end.
+    room = max(1, engine.limits.max_mixed_tokens - batch)
+    engine.reset()
+    engine.submit(batch, context, 1 + batch * context // room + 4 * steps)
+    while not engine.only_decodes and engine.turn():
+        pass
+    for _ in range(steps // 2):
+        engine.turn()
+    stats = engine.stats
+    if stats.running != batch or not engine.only_decodes:
+        raise ConfigError(
+            f"{stats.running} requests of {context} tokens decode at a time here, not {batch}: "
+            "max_running, max_model_len and the KV cache bound them"
+        )
+    return stats.generated_tokens / batch
 
 
 def prefill(engine: Engine, tokens: int, steps: int) -> Profile:
@@ -361,12 +392,14 @@ def main() -> int:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks, each on a GPU of its own (default: 1)"
     )
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64, 256], help="decode with so many requests")
-    parser.add_argument("--context", type=int, default=300, help="tokens of each (default: 300)")
+    parser.add_argument("--context", type=int, default=300, help="tokens of each prompt (default: 300)")
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prefill prompts of so many tokens")
     parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
     parser.add_argument("--json", type=json_file, help="write the figures here")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options")
     arguments = parser.parse_args()
+    if min(*arguments.batches, *arguments.prefill, arguments.context, arguments.steps, 1) < 1:
+        parser.error("--batches, --context, --prefill and --steps are 1 or more")
     with tempfile.TemporaryDirectory() as scratch:
         options: dict[str, object] = {
             "model": str(write_config(arguments.size, Path(scratch))),

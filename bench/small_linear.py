@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from bench.provenance import json_file, provenance
 from bench.shapes import share, split_share, write_config
 from model.kernels.activation import silu_and_mul
-from model.kernels.norm import Normed, Scale, add_rms_norm
+from model.kernels.norm import Normed, Scale, rms_norm
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import ROW_CLASSES, Work, default_tiling, tiling_for
@@ -203,11 +203,12 @@ def launch(
 def launch_separately(
     layer: Layer, normed: Normed, residual: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor
 ) -> tuple[Normed, torch.Tensor]:
-    """What the model does for a layer without them."""
+    """What the model does for a layer without them, to the residual too."""
     with dependent_launches(on=False):
-        out = F.linear(normed.finish(), weight)
         if layer.adds:
-            out, residual = add_rms_norm(out, residual, gain, EPS)
+            residual.addmm_(normed.finish(), weight.t())
+            return Normed(rms_norm(residual, gain, EPS)), residual
+        out = F.linear(normed.finish(), weight)
         return Normed(silu_and_mul(out) if layer.gated else out), residual
 
 
@@ -219,6 +220,7 @@ class Inputs:
         sets = sets or max(1, -(-ROTATED_BYTES // layer.num_bytes))
         self.weights = [draw(layer.n, layer.k, std=0.02) for _ in range(sets)]
         self.x, self._residual = draw(max(ROW_CLASSES), layer.k), draw(max(ROW_CLASSES), layer.n)
+        self._added = torch.zeros_like(self._residual)  # to which separate launches add
         self._gain, ones = draw(layer.n), torch.ones(layer.k, dtype=DTYPE, device="cuda")
         self._normed: dict[int, Normed] = {}
         for rows in ROW_CLASSES:
@@ -231,7 +233,7 @@ class Inputs:
         return launch(self.layer, variant, self._normed[rows], self._residual[:rows], self._gain, weight)[0].x
 
     def launch_separately(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
-        return launch_separately(self.layer, self._normed[rows], self._residual[:rows], self._gain, weight)[0].x
+        return launch_separately(self.layer, self._normed[rows], self._added[:rows], self._gain, weight)[0].x
 
     def error(self, rows: int, variant: Variant) -> float:
         """Return the relative difference between a launch and the same in float32, over some of the features."""
@@ -386,9 +388,10 @@ def time_chain(layers: Sequence[Layer], best: dict[str, Variant], rows: int) -> 
     weights = [[draw(layer.n, layer.k, std=0.02) for layer in layers] for _ in range(count)]
     hidden_size, q_dim = layers[0].k, layers[1].k
     gain, x = torch.ones(hidden_size, dtype=DTYPE, device="cuda"), draw(rows, hidden_size)
+    stream = x.clone()  # separate launches add to it
 
     def run(variants: dict[str, Variant] | None) -> None:
-        normed, residual = Normed(x), x
+        normed, residual = Normed(x), stream
         for of_layer in weights:
             for layer, weight in zip(layers, of_layer, strict=True):
                 if layer.name == "o":

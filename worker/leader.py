@@ -76,7 +76,7 @@ class Leader:
     Args:
         broadcast: sends an encoded plan to the followers; called before the step starts here.
         heartbeat: told after every turn that the loop is alive, with the number of retired steps.
-        linger_s: how long it stays awake after a step, where there is a core for that.
+        linger_s: how long it stays awake after a step.
     """
 
     def __init__(

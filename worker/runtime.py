@@ -15,10 +15,15 @@ from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
 _CAPTURED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
-_CAPTURED_FLOPS_PER_LAYER = 5.6e11
-"""Steps of so many tokens have graphs, unless a layer takes more operations: then it keeps the device busy (at 620
-TFLOP/s for 0.9 ms) for longer than any host takes to launch it, and padding steps would be a waste. A layer of 12
-launches takes a host 0.2 to 0.7 ms, the longer with several ranks (measured: 64 layers of 32B on two H200s 48 ms)."""
+"""Steps of any kind are padded to so many tokens, if they have a graph."""
+
+_MIXED_FLOPS = 2e13
+"""Of a step in which requests decode: at 600 TFLOP/s 33 ms, for which they wait."""
+
+_LAUNCHED_FLOPS = 5.6e11
+"""Of a layer that is launched from the host: it keeps the device busy (at 620 TFLOP/s for 0.9 ms) for longer than most
+hosts take to launch it, so that padding such steps to those of graphs would be a waste. A layer of 12 launches takes a
+host 0.2 to 0.8 ms, and 1.3 ms were seen (32B on two H200s, whose ranks then wait for each other's launches)."""
 
 _LEAST_MIXED_TOKENS = 1024
 """Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of
@@ -62,7 +67,8 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
             f"max_batched_tokens={max_batched_tokens} is below max_running={max_running}: "
             "a step must have room for one token of every running request"
         )
-    captured = captured_tokens(checkpoint, config.tensor_parallel_size, max_batched_tokens)
+    flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size  # attention and head left out
+    captured = captured_tokens(flops_per_token, checkpoint.num_hidden_layers)
     return RuntimeConfig(
         device=device,
         dtype=_dtype(config, checkpoint, on_gpu),
@@ -70,8 +76,8 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
         max_model_len=_max_model_len(config, checkpoint),
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
-        max_mixed_tokens=max_mixed_tokens(config, max_batched_tokens, max_running, captured if on_gpu else None),
-        captured_tokens=captured,
+        max_mixed_tokens=max_mixed_tokens(config, max_batched_tokens, max_running, flops_per_token, on_gpu=on_gpu),
+        captured_tokens=tuple(tokens for tokens in captured if tokens <= max_batched_tokens),
         block_size=config.block_size,
         cuda_graphs=config.cuda_graphs and on_gpu,
         run_ahead=config.run_ahead or (2 if on_gpu else 1),
@@ -79,23 +85,23 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     )
 
 
-def captured_tokens(checkpoint: Qwen3Config, ranks: int, max_batched_tokens: int) -> tuple[int, ...]:
+def captured_tokens(flops_per_token: float, layers: int) -> tuple[int, ...]:
     """Return the numbers of tokens that steps of any kind are padded to, where there are graphs."""
-    flops_per_token = 2 * checkpoint.layer_parameters / ranks  # of the layers; attention and head are left out
-    most = min(checkpoint.num_hidden_layers * _CAPTURED_FLOPS_PER_LAYER / flops_per_token, max_batched_tokens)
+    most = max(_MIXED_FLOPS, layers * _LAUNCHED_FLOPS) / flops_per_token
     return tuple(tokens for tokens in _CAPTURED_TOKENS if tokens <= most)
 
 
 def max_mixed_tokens(
-    config: EngineConfig, max_batched_tokens: int, max_running: int, captured: tuple[int, ...] | None
+    config: EngineConfig, max_batched_tokens: int, max_running: int, flops_per_token: float, *, on_gpu: bool
 ) -> int:
-    """Return how many tokens a step may compute in which requests decode; None stands for a device without graphs.
+    """Return how many tokens a step may compute in which requests decode.
 
     Raises:
         ConfigError: what was asked for does not lie between `max_running` and `max_batched_tokens`.
     """
     if config.max_mixed_tokens is None:
-        wanted = max_batched_tokens if captured is None else max(captured, default=0)
+        short = [tokens for tokens in _CAPTURED_TOKENS if tokens * flops_per_token <= _MIXED_FLOPS]
+        wanted = max(short, default=0) if on_gpu else max_batched_tokens
         return min(max(wanted, _LEAST_MIXED_TOKENS, max_running), max_batched_tokens)
     if not max_running <= config.max_mixed_tokens <= max_batched_tokens:
         raise ConfigError(

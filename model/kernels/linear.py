@@ -80,7 +80,7 @@ def linear_add_norm(
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_add_norm_triton(x, weight, bias, residual, gain, eps, tiling=tiling, pdl=pdl)
-    if bias is None and x.is_cuda:  # cuBLAS adds where it stores, so that the norm has half as much to read and write
+    if bias is None and not weight.is_mkldnn:  # added where it is stored: the norm has half as much to read and write
         total = residual.addmm_(x, weight.t())
         return Normed(rms_norm(total, gain, eps)), total
     normed, total = add_rms_norm(packed.linear(x, weight, bias), residual, gain, eps)

@@ -13,11 +13,11 @@ There are two kernels. *fma* (1 or 2 rows) multiplies in registers: a program ow
 them whole or walks along them. *ring* (`model.kernels.ring_linear`) multiplies on the matrix units of a Hopper, up to
 any number of rows.
 
-Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before:
-the total is, as it is stored, and its rounded elements are what is squared and what is multiplied by the gain. And that
-product is rounded once, where the norm rounds twice, since 1 / rms is applied to float32 products behind it (before the
-bias and the gate). The bits of a row depend on its values, the weights and the tilings alone: not on other rows, nor on
-which program arrives last.
+Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before
+(nor is it where cuBLAS adds): the total is, as it is stored, and its rounded elements are what is squared and what is
+multiplied by the gain. And that product is rounded once, where the norm rounds twice, since 1 / rms is applied to
+float32 products behind it (before the bias and the gate). The bits of a row depend on its values, the weights and the
+tilings alone: not on other rows, nor on which program arrives last.
 
 The first weights are requested before the kernel waits for its inputs (`model.kernels.dependent`). Which layers use
 these kernels, and how they are cut, is for `model.kernels.linear` to say.
@@ -74,7 +74,9 @@ class Tiling:
             assert self.block_k == 256 * self.warps, "a thread of fma has eight columns of a tile"
             assert self.rows <= 2, "fma has one or two rows"
         else:
-            left = max(self.block_rows, self.pieces[1] or self.block_n)
+            narrow = self.pieces[1]
+            assert narrow & (narrow - 1) == 0, f"{self.block_n} is no sum of two powers of two"
+            left = max(self.block_rows, narrow or self.block_n)
             assert left >= 64, "the left operand of ring has 64 rows or more"
             assert self.stages >= 2, "a ring has two places or more"
 

@@ -146,7 +146,7 @@ class RowParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[Normed, torch.Tensor]:
         """Return (norm(total), total), total being residual + this layer's output, the same on every rank.
 
-        x: this rank's [tokens, in_features / size]. residual: [tokens, out_features], which is not written.
+        x: this rank's [tokens, in_features / size]. residual: [tokens, out_features], whose memory the total may take.
         """
         if self._tp.size == 1:
             return linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)

@@ -13,12 +13,13 @@ from unittest.mock import Mock
 
 import numpy as np
 
-from bench.profile import Engine, run_ranks
+from bench.profile import Engine, run_ranks, start_decodes
 from worker.config import EngineConfig
 
 
-def config_for(folder: Path, size: int) -> EngineConfig:
-    return EngineConfig(model=str(folder), device="cpu", tensor_parallel_size=size, num_blocks=32, block_size=16)
+def config_for(folder: Path, size: int, **options: int) -> EngineConfig:
+    fixed = {"device": "cpu", "tensor_parallel_size": size, "num_blocks": 32, "block_size": 16}
+    return EngineConfig.model_validate({"model": str(folder), **fixed, **options})
 
 
 def run_requests(file: Path, engine: Engine) -> None:
@@ -41,6 +42,14 @@ def run_requests(file: Path, engine: Engine) -> None:
         pass
     times = {name: len(values) for name, values in engine.times.items()}
     file.write_text(json.dumps({"tokens": tokens, "times": times}))
+
+
+def run_decodes(file: Path, engine: Engine) -> None:
+    """Let three requests decode whose prompts take several steps, and then more than there is memory for."""
+    started = start_decodes(engine, 3, 40, 8)
+    facts = {"started": started, "running": engine.stats.running, "only_decodes": engine.only_decodes}
+    file.write_text(json.dumps(facts))
+    start_decodes(engine, 20, 40, 8)
 
 
 def fail(engine: Engine) -> None:

@@ -42,6 +42,22 @@ def test_ranks_draw_together_what_one_draws_alone(endless_checkpoint: Path, tmp_
 
 
 @pytest.mark.slow
+def test_decodes_are_alone_when_they_are_measured(
+    endless_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is measured where they cannot all decode at a time, of which a user is told."""
+    file = tmp_path / "decodes.json"
+    config = config_for(endless_checkpoint, 1, max_running=24, max_batched_tokens=32, max_mixed_tokens=32)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        run_ranks(config, functools.partial(profiled_ranks.run_decodes, file))
+    facts = json.loads(file.read_text())
+    assert facts == {"started": pytest.approx(6, abs=2), "running": 3, "only_decodes": True}
+    error = capfd.readouterr().err
+    assert "requests of 40 tokens decode at a time here, not 20" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "who", "why"),
     [(profiled_ranks.fail, 0, "the leader has enough"), (profiled_ranks.mislead, 1, "StepPlan.decode")],

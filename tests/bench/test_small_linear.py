@@ -60,7 +60,8 @@ def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
     """In shared memory, whether the model uses it or the sweep tries it; and squares in the registers of a thread."""
     for layer, rows in product(layers_of(f"{size}/{ranks}", tmp_path), ROW_CLASSES):
         used = tiling_for(rows, layer.n, layer.k, gated=layer.gated)
-        for tiling in [used, *(variant.tiling for variant in variants_for(layer, rows))]:
+        pushed = None if layer.gated else tiling_for(rows, layer.n, layer.k, gated=False, push=True)
+        for tiling in [used, pushed, *(variant.tiling for variant in variants_for(layer, rows))]:
             if tiling is not None and tiling.form == "ring":
                 tile_bytes = 2 * (tiling.block_rows + tiling.block_n) * tiling.block_k
                 assert tiling.stages * (tile_bytes + 16) <= SHARED_BYTES, tiling

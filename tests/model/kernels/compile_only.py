@@ -33,6 +33,8 @@ from model.config import Qwen3Config
 from model.kernels.linear import can_push, linear
 from model.kernels.peer_sum import Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
 from model.kernels.runtime import unwanted
+from model.kernels.small_linear import small_linear_triton
+from model.kernels.tilings import MEASURED, PUSHED
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
 from worker.plan import NO_ADMISSION, StepBounds
@@ -64,6 +66,7 @@ def main(folder: str, dtype: torch.dtype) -> None:
     config = Qwen3Config.from_folder(folder)
     run_steps(config, dtype)
     run_sums(config.hidden_size, dtype)
+    run_pieces(dtype)
     for kernel in kernels.values():
         sys.stdout.write(json.dumps(describe(kernel)) + "\n")
 
@@ -151,6 +154,18 @@ def run_sums(width: int, dtype: torch.dtype) -> None:
         x = torch.zeros((rows, width), dtype=dtype)
         if can_push(x, square):
             linear(x, square, out=torch.empty_like(x), push=push)
+
+
+def run_pieces(dtype: torch.dtype) -> None:
+    """Layers in tiles of two pieces, of sizes that the checkpoint need not have."""
+    if dtype is not torch.bfloat16 or {"small_linear", "tensor_descriptors"} & unwanted():
+        return
+    push = Push(1, torch.zeros(2, dtype=torch.int64))
+    for work, tiling in (*MEASURED.items(), *PUSHED.items()):
+        if tiling is not None and tiling.form == "ring" and tiling.pieces[1]:
+            x, weight = (torch.empty((rows, work.k), dtype=dtype) for rows in (work.rows, work.n))
+            pushed = None if work.gated else push
+            small_linear_triton(x, weight, gated=work.gated, push=pushed, tiling=tiling, pdl="pdl" not in unwanted())
 
 
 def describe(kernel: Any) -> dict[str, object]:

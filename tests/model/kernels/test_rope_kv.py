@@ -60,6 +60,7 @@ SHAPES = [
     (1, 2, 1, 64),
     (7, 4, 4, 128),
     (5, 16, 2, 64),
+    (3, 18, 3, 16),  # of which two programs have a part, one of q, k and v
     (4, 6, 2, 48),  # neither the heads nor the halves fill a power of two
     *([(300, 32, 8, 128), (33, 5, 1, 128)] if ON_GPU else []),
 ]
