@@ -67,6 +67,9 @@ _UNSUPPORTED_IN_TOKENIZE: Mapping[str, object] = {
     if field.startswith("prompt.") and field not in ("prompt.chat.tools", "prompt.chat.thinking_token_budget")
 }
 
+_UNSUPPORTED_WITHIN = frozenset(path[:end] for path in _UNSUPPORTED for end in range(len(path)) if path[end] == ".")
+"""The messages that such fields lie in, one in the other."""
+
 MAX_TEMPLATE_ARGUMENTS = 32
 MAX_TEMPLATE_ARGUMENTS_BYTES = 64 * 2**10
 
@@ -252,21 +255,16 @@ def _optional(message: Message, name: str) -> Any:
     return getattr(message, name) if message.HasField(name) else None
 
 
-def _refuse_unsupported(message: Message, unsupported: Mapping[str, object]) -> None:
-    for path, neutral in unsupported.items():
-        asked, value = _look_up(message, path)
-        if asked and (neutral is None or value != neutral):
-            raise UnsupportedError(path)
-
-
-def _look_up(message: Message, path: str) -> tuple[bool, Any]:
-    """Whether the field at `path` is set, and its value."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not message.HasField(parent):
-            return False, None
-        message = getattr(message, parent)
-    return any(field.name == name for field, _ in message.ListFields()), getattr(message, name)
+def _refuse_unsupported(message: Message, unsupported: Mapping[str, object], above: str = "") -> None:
+    """`above`: the path of the message, with a dot at its end. Only what is set is looked at: most fields are not."""
+    for field, value in message.ListFields():
+        path = above + field.name
+        if path in unsupported:
+            neutral = unsupported[path]
+            if neutral is None or value != neutral:
+                raise UnsupportedError(path)
+        elif path in _UNSUPPORTED_WITHIN:
+            _refuse_unsupported(value, unsupported, f"{path}.")
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

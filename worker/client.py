@@ -331,11 +331,8 @@ class EngineClient:
 
     def _drain(self) -> None:
         """Take every message that has arrived."""
-        while self._socket is not None:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while self._socket is not None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            data = self._socket.recv(zmq.NOBLOCK)
             if data:
                 self._receive(self._decode(data))
             else:  # a leader's probe: it has just come up and has not heard our secret
@@ -385,7 +382,7 @@ class EngineClient:
 
     def _take_stats(self, stats: EngineStats) -> None:
         self.stats = stats
-        self._on_stats(stats)
+        asyncio.get_running_loop().call_soon(self._on_stats, stats)  # behind those who wait for tokens
 
     def _set_state(self, state: EngineState) -> None:
         if state is not self.state:

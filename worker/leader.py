@@ -184,8 +184,9 @@ class Leader:
         letters: dict[int, _Letter] = {}
         notices = self._scheduler.take_notices()
         if retired is not None:
-            for gateway in np.unique(retired.owners).tolist():
-                mine = retired.owners == gateway
+            owners = set(retired.owners.tolist())
+            for gateway in owners:
+                mine = retired.owners == gateway if len(owners) > 1 else slice(None)
                 letters[gateway] = _Letter(retired.numbers[mine], retired.tokens[mine])
         for gateway, started in notices.started:
             letters.setdefault(gateway, _Letter()).started.append(started)
