@@ -392,7 +392,12 @@ def main() -> int:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks, each on a GPU of its own (default: 1)"
     )
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64, 256], help="decode with so many requests")
-    parser.add_argument("--context", type=int, default=300, help="tokens of each prompt (default: 300)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=300,
+        help="tokens of each prompt, to which output adds what a figure's name tells (default: 300)",
+    )
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prefill prompts of so many tokens")
     parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
     parser.add_argument("--json", type=json_file, help="write the figures here")

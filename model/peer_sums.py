@@ -40,7 +40,8 @@ MAX_TWO_SHOT_BYTES = 20 << 20
 
 Up to there, two shots with the norm take 0.6 to 0.7 times as long as NCCL and a norm's kernel (two H200s); beyond,
 nothing was measured. The bound is on the memory, of which twice as much is allocated. (A prompt just below it may be
-padded to a graph beyond it, which is NCCL's: 1.7B's of 4,097 to 5,120 tokens, and 8B's of 2,049 to 2,560 on 8 ranks.)
+padded to a graph beyond it, which is NCCL's: 1.7B's of 4,097 to 5,120 tokens, and 8B's of 2,049 to 2,560 on 4 or 8
+ranks.)
 """
 
 MAX_PUSHED_BYTES = 640 << 10

@@ -86,7 +86,10 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
 
 
 def captured_tokens(flops_per_token: float, layers: int) -> tuple[int, ...]:
-    """Return the numbers of tokens that steps of any kind are padded to, where there are graphs."""
+    """Return the numbers of tokens that steps of any kind are padded to, where there are graphs.
+
+    Steps have one that are no longer than one in which requests decode may be, or that a host would launch too slowly.
+    """
     most = max(_MIXED_FLOPS, layers * _LAUNCHED_FLOPS) / flops_per_token
     return tuple(tokens for tokens in _CAPTURED_TOKENS if tokens <= most)
 

@@ -262,6 +262,9 @@ def ring_kernel(
 
     Matrix units take 64 rows of the left operand, and as few as 8 of the right one. So x is the left one where there
     are so many rows of it, however few features a program has, and else the weight is.
+
+    A tile is of one piece or two, a wide one and a narrow one. What a launch has no use for, such as a narrow piece or
+    a residual, something else stands for, since the compiler wants every name to have a value.
     """
     begin_dependents(PDL)
     X_LEFT: gl.constexpr = ROWS >= 64
