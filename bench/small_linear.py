@@ -1,13 +1,14 @@
 """Which tiling of the fused linear kernels is fastest on this GPU: `python -m bench.small_linear --json out.json`.
 
-For every linear layer of the chosen models and 1 to 256 rows, each tiling is timed against what it replaces: cuBLAS and
-the separate kernel behind it, a norm with its residual addition or a SiLU. (A layer behind a norm applies its scale,
-which the layer before has left to it; so the separate product is timed with a norm's kernel before it. Among several
-ranks norms are part of the sum over these, and are not timed.) As in `bench.kernels`, launches over rotated weights
-that exceed the L2 cache are captured in a CUDA graph, and the median of its replays is divided by the launches. The
-best are timed again without dependent launch (PDL), and whole decoder layers in a row, where launches of different
-kinds follow each other. What comes out are entries of `MEASURED` in model/kernels/tilings.py. Kernels are compiled
-first, in as many processes as there are cores; a model takes a minute on sixteen.
+For every linear layer of the chosen models and 1 to 256 rows, each tiling is timed against what it replaces: a product
+by cuBLAS (see `bench.products`) and the separate kernel behind it, a norm with its residual addition or a SiLU. (A
+layer behind a norm applies its scale, which the layer before has left to it; so the separate product is timed with a
+norm's kernel before it. Among several ranks norms are part of the sum over these, and are not timed.) As in
+`bench.kernels`, launches over rotated weights that exceed the L2 cache are captured in a CUDA graph, and the median of
+its replays is divided by the launches. The best are timed again without dependent launch (PDL), and whole decoder
+layers in a row, where launches of different kinds follow each other. What comes out are entries of `MEASURED` in
+model/kernels/tilings.py. Kernels are compiled first, in as many processes as there are cores; a model takes a minute on
+sixteen.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ import torch.nn.functional as F
 
 from bench.provenance import json_file, provenance
 from bench.shapes import share, split_share, write_config
-from model.kernels.activation import silu_and_mul
-from model.kernels.norm import Normed, Scale, rms_norm
+from model.kernels.linear import linear_add_norm, norm_linear
+from model.kernels.norm import Normed, Scale
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import ROW_CLASSES, Work, default_tiling, tiling_for
@@ -172,10 +173,10 @@ def _fma_stages(k: int, rows: int, block_n: int, block_k: int) -> Iterable[int]:
 
 
 @contextmanager
-def dependent_launches(*, on: bool) -> Iterator[None]:
-    """Launch the model's other kernels as dependent ones, or not, whatever the environment says."""
+def separate_launches() -> Iterator[None]:
+    """Let the model do without fused layers and dependent launches, beside what the environment says."""
     before = os.environ.get("LIGHTQWEN_WITHOUT")
-    os.environ["LIGHTQWEN_WITHOUT"] = "" if on else "pdl"
+    os.environ["LIGHTQWEN_WITHOUT"] = ",".join([*filter(None, [before]), "pdl", "small_linear"])
     try:
         yield
     finally:
@@ -204,12 +205,10 @@ def launch_separately(
     layer: Layer, normed: Normed, residual: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor
 ) -> tuple[Normed, torch.Tensor]:
     """What the model does for a layer without them, to the residual too."""
-    with dependent_launches(on=False):
+    with separate_launches():
         if layer.adds:
-            residual.addmm_(normed.finish(), weight.t())
-            return Normed(rms_norm(residual, gain, EPS)), residual
-        out = F.linear(normed.finish(), weight)
-        return Normed(silu_and_mul(out) if layer.gated else out), residual
+            return linear_add_norm(normed.finish(), weight, None, residual, gain, EPS)
+        return Normed(norm_linear(normed, weight, gated=layer.gated)), residual
 
 
 class Inputs:

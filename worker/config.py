@@ -50,7 +50,7 @@ class EngineConfig(BaseModel):
     """Tokens of one step at most; longer prompts are prefilled in chunks. Default: 8192 on CUDA, 1024 on the CPU."""
     max_mixed_tokens: int | None = Field(None, ge=16)
     """The same for steps in which requests decode: their next token waits for the whole step. Default on CUDA: what a
-    rank computes in some 30 ms of a Hopper GPU, and no fewer than 1024, within --max-batched-tokens; on the CPU:
+    rank computes in some 60 ms of a Hopper GPU, and no fewer than 1024, within --max-batched-tokens; on the CPU:
     --max-batched-tokens."""
     block_size: int = Field(64, ge=1, le=1024)
     """Tokens of one KV block."""

@@ -14,16 +14,13 @@ from model.attention import resolve_backend
 from model.config import Qwen3Config
 from worker.config import ConfigError, EngineConfig
 
-_CAPTURED_TOKENS = (64, *range(128, 1025, 128), 1536, 2048, 3072, 4096, 6144, 8192)
+_CAPTURED_TOKENS = (64, *range(128, 1025, 128), *range(1280, 2049, 256), 3072, 4096, 6144, 8192)
 """Steps of any kind are padded to so many tokens, if they have a graph."""
 
-_MIXED_FLOPS = 2e13
-"""Of a step in which requests decode: at 600 TFLOP/s 33 ms, for which they wait."""
-
-_LAUNCHED_FLOPS = 5.6e11
-"""Of a layer that is launched from the host: it keeps the device busy (at 620 TFLOP/s for 0.9 ms) for longer than most
-hosts take to launch it, so that padding such steps to those of graphs would be a waste. A layer of 12 launches takes a
-host 0.2 to 0.8 ms, and 1.3 ms were seen (32B on two H200s, whose ranks then wait for each other's launches)."""
+_MIXED_FLOPS = 4e13
+"""Of a step in which requests decode: at 650 TFLOP/s 60 ms, for which they wait. Longer ones have no graph: each of at
+most 64 layers keeps the device busy for longer than most hosts take to launch it, 0.2 to 0.8 ms for 12 launches, so
+that padding would be a waste."""
 
 _LEAST_MIXED_TOKENS = 1024
 """Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of
@@ -68,7 +65,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
             "a step must have room for one token of every running request"
         )
     flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size  # attention and head left out
-    captured = captured_tokens(flops_per_token, checkpoint.num_hidden_layers)
+    captured = captured_tokens(flops_per_token)
     return RuntimeConfig(
         device=device,
         dtype=_dtype(config, checkpoint, on_gpu),
@@ -85,13 +82,10 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     )
 
 
-def captured_tokens(flops_per_token: float, layers: int) -> tuple[int, ...]:
-    """Return the numbers of tokens that steps of any kind are padded to, where there are graphs.
-
-    Steps have one that are no longer than one in which requests decode may be, or that a host would launch too slowly.
-    """
-    most = max(_MIXED_FLOPS, layers * _LAUNCHED_FLOPS) / flops_per_token
-    return tuple(tokens for tokens in _CAPTURED_TOKENS if tokens <= most)
+def captured_tokens(flops_per_token: float) -> tuple[int, ...]:
+    """Return the numbers of tokens that steps of any kind are padded to, where there are graphs: those of no longer
+    steps than one in which requests decode may be."""
+    return tuple(tokens for tokens in _CAPTURED_TOKENS if tokens * flops_per_token <= _MIXED_FLOPS)
 
 
 def max_mixed_tokens(
@@ -103,8 +97,7 @@ def max_mixed_tokens(
         ConfigError: what was asked for does not lie between `max_running` and `max_batched_tokens`.
     """
     if config.max_mixed_tokens is None:
-        short = [tokens for tokens in _CAPTURED_TOKENS if tokens * flops_per_token <= _MIXED_FLOPS]
-        wanted = max(short, default=0) if on_gpu else max_batched_tokens
+        wanted = max(captured_tokens(flops_per_token), default=0) if on_gpu else max_batched_tokens
         return min(max(wanted, _LEAST_MIXED_TOKENS, max_running), max_batched_tokens)
     if not max_running <= config.max_mixed_tokens <= max_batched_tokens:
         raise ConfigError(

@@ -2,14 +2,15 @@
 
 In steps of few rows, a product and the SiLU gate may be one launch, and so may a product, the residual addition and the
 norm behind it, but for a scale that the next product applies (`small_linear`); how such a launch is cut, and whether it
-pays, stands in `tilings`. Everything else, and anything on the CPU, is one operation after another.
+pays, stands in `tilings`. Everything else, and anything on the CPU, is one operation after another, of which products
+are a library's (`cublaslt`, `packed`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from model.kernels import packed
+from model.kernels import cublaslt, packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.dependent import dependent_launch
 from model.kernels.norm import Normed, add_rms_norm, rms_norm
@@ -38,7 +39,7 @@ def linear(
     if tiling is not None:
         return small_linear_triton(x, weight, bias, out=out, push=push, tiling=tiling, pdl=bool(dependent_launch(x)))
     assert push is None, "only ring pushes"
-    return packed.linear(x, weight, bias, out=out)
+    return _separate(x, weight, bias, out=out)
 
 
 def pushes(device: torch.device, dtype: torch.dtype) -> bool:
@@ -60,7 +61,7 @@ def norm_linear(
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_triton(x, weight, bias, scale=normed.scale, gated=gated, tiling=tiling, pdl=pdl)
-    product = packed.linear(normed.finish(), weight, bias)
+    product = _separate(normed.finish(), weight, bias)
     return silu_and_mul(product) if gated else product
 
 
@@ -81,10 +82,25 @@ def linear_add_norm(
         pdl = bool(dependent_launch(x))
         return small_linear_add_norm_triton(x, weight, bias, residual, gain, eps, tiling=tiling, pdl=pdl)
     if bias is None and not weight.is_mkldnn:  # added where it is stored: the norm has half as much to read and write
-        total = residual.addmm_(x, weight.t())
-        return Normed(rms_norm(total, gain, eps)), total
+        if (product := cublaslt.product_for(x, weight)) is not None:
+            product.run(x, weight, residual, add=True)
+        else:
+            residual.addmm_(x, weight.t())
+        return Normed(rms_norm(residual, gain, eps)), residual
     normed, total = add_rms_norm(packed.linear(x, weight, bias), residual, gain, eps)
     return Normed(normed), total
+
+
+def _separate(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear` by a library."""
+    product = cublaslt.product_for(x, weight) if bias is None else None
+    if product is not None:
+        out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
+        product.run(x, weight, out)
+        return out
+    return packed.linear(x, weight, bias, out=out)
 
 
 def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, push: bool = False) -> Tiling | None:

@@ -50,7 +50,10 @@ __all__ = [
     "wanted",
 ]
 
-DISPENSABLE = ("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors", "fused_decode")
+DISPENSABLE = (
+    *("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors", "fused_decode"),
+    "cublaslt",
+)
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
 
 

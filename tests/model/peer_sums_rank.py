@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import time
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -31,9 +31,11 @@ LIMITS = Limits(17 * 5120, 2048 * 5120, 5 * 1024)
 FEW_ROWS = tuple(shape for shape in SHAPES if shape[0] <= 5)
 FEW_ROWS_LIMITS = Limits(3 * 1024, 5 * 1024, 3 * 1024)
 """Three of these are summed in two shots: of one row, as many as there are ranks, and more. Three may be pushed."""
+MORE_PUSHED_LIMITS = Limits(64 * 1024, 64 * 1024, 64 * 1024)
+"""As many rows as a model's layers push."""
 DTYPES = (torch.bfloat16, torch.float32)
 EPS = 1e-6
-places = cycle(Place)
+places = itertools.cycle(Place)
 """As in a step, no two sums in a row are of one place; so a captured row of calls begins with another than it ends."""
 
 
@@ -251,18 +253,20 @@ def check_in_a_graph(peer_sums: PeerSums, rank: int, dtype: torch.dtype) -> None
             assert torch.equal(out, total(replay, shape, dtype)), f"replay {replay}, {shape}, {dtype}"
 
 
-def check_layers(peer_sums: PeerSums, rank: int) -> None:
+def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not_pushed: tuple[int, ...] = ()) -> None:
     """Products write where others read, as dependent launches, behind sums and before them: no step is too early.
 
-    The same launches one at a time, with the device idle between them, tell what has to come out.
+    The same launches one at a time, with the device idle between them, tell what has to come out. So many rows are
+    pushed to the other rank by every layer, and then by two of three layers, or by none.
     """
     width, steps = 1024, 24
     torch.manual_seed(11 + rank)
     weights = [(torch.randn(width, width) / 32).to(torch.bfloat16) for _ in range(steps)]
     torch.manual_seed(12)
     norm = torch.randn(width).to(torch.bfloat16)
-    # The first four are pushed, all of them or two of three; the last is in two shots.
-    for rows, mixed in ((1, False), (4, False), (4, True), (5, False), (64, False), (511, False)):
+    for rows, mixed in itertools.product(pushed + not_pushed, (False, True)):
+        if mixed and rows in not_pushed:
+            continue
         x = torch.randn(rows, width).to(torch.bfloat16)
 
         def chain(x: torch.Tensor, *, late: int = -1, one_at_a_time: bool = False, mixed: bool = mixed) -> torch.Tensor:
@@ -271,7 +275,9 @@ def check_layers(peer_sums: PeerSums, rank: int) -> None:
                 place = (Place.ATTENTION, Place.MLP)[step % 2]
                 room = peer_sums.room(hidden.shape, hidden.dtype, place)
                 assert room is not None
-                push = room.push if can_push(hidden, weight) and not (mixed and step % 3 == 0) else None
+                pushes = room.push is not None and can_push(hidden, weight)
+                assert pushes == (len(hidden) in pushed), f"{len(hidden)} rows"
+                push = room.push if pushes and not (mixed and step % 3 == 0) else None
                 summand = linear(hidden, weight, out=room.memory, push=push)
                 if one_at_a_time:
                     torch.cuda.synchronize()
@@ -363,7 +369,8 @@ def main(rank: int, rendezvous: str) -> None:
             check_back_to_back(peer_sums, rank, dtype, rounds=20)
             check_in_a_graph(peer_sums, rank, dtype)
             if dtype is torch.bfloat16:
-                check_layers(peer_sums, rank)
+                check_layers(peer_sums, rank, pushed=(1, 4, 5), not_pushed=(64, 511))  # the last in two shots
+                check_layers(PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device), rank, pushed=(33, 64))
     dist.barrier()
     torch.cuda.synchronize()
     os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank

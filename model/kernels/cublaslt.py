@@ -1,0 +1,252 @@
+"""Products by cuBLASLt, with the algorithm that was measured to be the fastest instead of the one that it would take.
+
+What it takes by itself is up to 40 % slower for 80 to 256 rows (docs/performance.md). `algorithms.json` names the
+others, for the layers of the models that were measured; `python -m bench.products` measures, and writes it. The numbers
+are cuBLASLt's own, and good for the version that they were measured with alone: with another one, on another kind of
+GPU, and for products that the file does not name, PyTorch multiplies.
+
+PyTorch has no way to name an algorithm, so this calls the C library that PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+from bisect import bisect_left
+from collections.abc import Mapping
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import torch
+
+from model.kernels.runtime import is_hopper, wanted
+
+logger = logging.getLogger(__name__)
+
+_SMALL = (32, 64, 80, 96, 112, *range(128, 257, 32))
+_LARGE = (*range(384, 1025, 128), *range(1280, 2049, 256), 3072, 4096, 6144, 8192)
+ROW_CLASSES = (*_SMALL, *_LARGE)
+"""Numbers of rows that were measured; in between, and above, the next or the last one's algorithm is taken. They are
+those that steps are padded to."""
+
+# Of cublasLt.h: no other numbers than these are passed, and no structure but the two below.
+_BF16, _FLOAT, _COMPUTE_FLOAT = 14, 0, 68
+_TRANSPOSE_A, _LAYOUT_COLUMNS = 3, 3
+
+_WORKSPACE_BYTES = 4096
+"""Some algorithms ask for four. Products follow one another in a stream, and may share them."""
+
+
+class Algorithm(NamedTuple):
+    """What tells one of cuBLASLt's algorithms from others that have the same `CONSTANTS`."""
+
+    tile: int
+    cluster: int
+    option: int = 0
+    swizzle: int = 0
+
+
+class AlgorithmStruct(ctypes.Structure):
+    _fields_ = (("data", c_uint64 * 8),)
+
+
+class ResultStruct(ctypes.Structure):
+    _fields_ = (
+        ("algorithm", AlgorithmStruct),
+        ("workspace_bytes", c_size_t),
+        ("status", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+ATTRIBUTES: Mapping[str, tuple[int, Any]] = {
+    "family": (0, c_int32),
+    "tile": (1, c_uint32),
+    "splits": (2, c_int32),
+    "swizzle": (4, c_uint32),
+    "option": (5, c_uint32),
+    "stages": (6, c_uint32),
+    "cluster": (8, c_uint16),
+}
+CONSTANTS: Mapping[str, int] = {"family": 66, "splits": 1, "stages": 35}
+"""The fastest are of one family, which finds out itself how many stages there are; splitting the reduction, which needs
+a large workspace, has never been the best."""
+_SIGNATURES: Mapping[str, list[Any]] = {
+    "cublasLtCreate": [c_void_p],
+    "cublasLtMatmulDescCreate": [c_void_p, c_int, c_int],
+    "cublasLtMatmulDescSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatrixLayoutCreate": [c_void_p, c_int, c_uint64, c_uint64, c_int64],
+    "cublasLtMatrixLayoutSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatmulAlgoInit": [c_void_p, *[c_int] * 7, c_void_p],
+    "cublasLtMatmulAlgoConfigSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatmulAlgoCheck": [c_void_p] * 8,
+    "cublasLtMatmul": [*[c_void_p] * 14, c_size_t, c_void_p],
+}
+_ONE, _ZERO = c_float(1.0), c_float(0.0)
+
+
+def product_for(x: torch.Tensor, weight: torch.Tensor) -> Product | None:
+    """Return how to multiply x [rows, k] by weight [n, k] faster than PyTorch does, if that is known.
+
+    It is where both are bfloat16 and contiguous, on a Hopper, and an algorithm has been measured with this cuBLASLt.
+    """
+    if x.dtype is not torch.bfloat16 or not is_hopper(x.device) or not wanted("cublaslt"):
+        return None
+    product = _product(x.device, *weight.shape, row_class(x.shape[0]))
+    if product is None or not (x.is_contiguous() and weight.is_contiguous() and product.fits(x.shape[0])):
+        return None
+    return product
+
+
+def row_class(rows: int) -> int:
+    """Return what so many rows count as."""
+    return ROW_CLASSES[min(bisect_left(ROW_CLASSES, rows), len(ROW_CLASSES) - 1)]
+
+
+@cache
+def _product(device: torch.device, n: int, k: int, rows: int) -> Product | None:
+    algorithm = measured().get((n, k, rows))
+    library = library_of(device)
+    if algorithm is None or library is None or library.version != measured_with():
+        return None
+    struct = library.algorithm(algorithm)
+    return None if struct is None else Product(library, n, k, struct)
+
+
+@cache
+def measured() -> Mapping[tuple[int, int, int], Algorithm]:
+    """Return the algorithms of `algorithms.json`, by n, k and class of rows."""
+    products = _file()["products"]
+    return {
+        (*map(int, shape.split("x")), int(rows)): Algorithm(*numbers)  # type: ignore[misc]
+        for shape, algorithms in products.items()
+        for rows, numbers in algorithms.items()
+    }
+
+
+def measured_with() -> str:
+    """Return the version of cuBLASLt, such as "13.1", whose numbers these are."""
+    return str(_file()["cublaslt"])
+
+
+@cache
+def _file() -> dict[str, Any]:
+    return json.loads(resources.files("model.kernels").joinpath("algorithms.json").read_text(encoding="utf-8"))
+
+
+@cache
+def library_of(device: torch.device) -> Library | None:
+    """Return the library with a handle for `device`; None where PyTorch's cannot be found."""
+    try:
+        library = Library(device)
+    except (OSError, AttributeError) as error:
+        logger.info("cuBLASLt is not used but by PyTorch: %s", error)
+        return None
+    if library.version != measured_with():
+        logger.info(
+            "cuBLASLt %s takes its own algorithms: the fastest are known of %s", library.version, measured_with()
+        )
+    return library
+
+
+class Library:
+    """cuBLASLt, as PyTorch has loaded it, with a handle for one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises OSError where it cannot be found, AttributeError where it lacks a function."""
+        major = (torch.version.cuda or "").partition(".")[0]
+        self.functions = ctypes.CDLL(f"libcublasLt.so.{major}")
+        for name, arguments in _SIGNATURES.items():
+            getattr(self.functions, name).argtypes = arguments
+        self.functions.cublasLtGetVersion.restype = c_size_t
+        number = self.functions.cublasLtGetVersion()
+        self.version = f"{number // 10000}.{number // 100 % 100}"
+        self.device = device
+        self.workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        with torch.cuda.device(device):
+            self.handle = self.made("cublasLtCreate")
+
+    def made(self, name: str, *arguments: object) -> c_void_p:
+        """Return what a function of this name has made."""
+        made = c_void_p()
+        self.call(name, byref(made), *arguments)
+        return made
+
+    def call(self, name: str, *arguments: object) -> None:
+        if status := getattr(self.functions, name)(*arguments):
+            raise RuntimeError(f"{name} failed with status {status}")
+
+    def layout(self, rows: int, columns: int) -> c_void_p:
+        """A matrix in cuBLAS's order: columns that follow one another, where tensors have rows."""
+        return self.made("cublasLtMatrixLayoutCreate", _BF16, rows, columns, rows)
+
+    def algorithm(self, algorithm: Algorithm) -> AlgorithmStruct | None:
+        """Return what cuBLASLt is given for it; None where there is no such number."""
+        struct = AlgorithmStruct()
+        types = (_COMPUTE_FLOAT, _FLOAT, *[_BF16] * 4)
+        if self.functions.cublasLtMatmulAlgoInit(self.handle, *types, CONSTANTS["family"], byref(struct)):
+            return None
+        for name, number in {**CONSTANTS, **algorithm._asdict()}.items():
+            attribute, kind = ATTRIBUTES[name]
+            value = kind(number)
+            if name != "family" and self.functions.cublasLtMatmulAlgoConfigSetAttribute(
+                byref(struct), attribute, byref(value), ctypes.sizeof(value)
+            ):
+                return None
+        return struct
+
+
+class Product:
+    """x @ weight.T of one weight's shape [n, k], for any number of rows."""
+
+    def __init__(self, library: Library, n: int, k: int, algorithm: AlgorithmStruct) -> None:
+        self._library, self._algorithm = library, algorithm
+        self._rows, self._fits = 0, False
+        # cuBLAS sees each tensor transposed, and gives out.T = weight @ x.T.
+        self._kind = library.made("cublasLtMatmulDescCreate", _COMPUTE_FLOAT, _FLOAT)
+        transposed = c_int32(1)
+        library.call("cublasLtMatmulDescSetAttribute", self._kind, _TRANSPOSE_A, byref(transposed), 4)
+        self._weight, self._x, self._out = library.layout(k, n), library.layout(k, 1), library.layout(n, 1)
+
+    @property
+    def description(self) -> tuple[c_void_p, ...]:
+        """The operation, and the layouts of weight, x, and the result: as what is added to, and as what is made."""
+        return self._kind, self._weight, self._x, self._out, self._out
+
+    def fits(self, rows: int) -> bool:
+        """Be for so many rows from now on; return whether the algorithm is."""
+        if rows == self._rows:
+            return self._fits
+        self.resize(rows)
+        result = ResultStruct()
+        status = self._library.functions.cublasLtMatmulAlgoCheck(
+            self._library.handle, *self.description, byref(self._algorithm), byref(result)
+        )
+        self._fits = status == 0 and result.status == 0 and result.workspace_bytes <= _WORKSPACE_BYTES
+        return self._fits
+
+    def resize(self, rows: int) -> None:
+        """Be for so many rows, whether the algorithm is or not."""
+        self._rows, self._fits = rows, False
+        columns = c_uint64(rows)
+        for layout in (self._x, self._out):
+            self._library.call("cublasLtMatrixLayoutSetAttribute", layout, _LAYOUT_COLUMNS, byref(columns), 8)
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+        """Write x @ weight.T to `out` [rows, n], or `add` it to what is there; summed in float32, rounded once.
+
+        The tensors must be contiguous, of this shape, and of as many rows as `fits` was last asked for.
+        """
+        library, result = self._library, c_void_p(out.data_ptr())
+        stream = torch.cuda.current_stream(library.device).cuda_stream
+        library.call(
+            "cublasLtMatmul",
+            *(library.handle, self._kind, byref(_ONE)),
+            *(weight.data_ptr(), self._weight, x.data_ptr(), self._x),
+            *(byref(_ONE if add else _ZERO), result, self._out, result, self._out),
+            *(byref(self._algorithm), library.workspace.data_ptr(), _WORKSPACE_BYTES, stream),
+        )
