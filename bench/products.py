@@ -129,8 +129,8 @@ class Search:
         self._times: dict[Algorithm, float] = {}
         self._calls: dict[Algorithm, Call] = {}
 
-    def run(self, proposed: Iterable[Algorithm], seconds: float) -> Result:
-        """Try `proposed`, and what is like the best of them."""
+    def run(self, proposed: Sequence[Algorithm], seconds: float) -> Result:
+        """Try `proposed`, the first of them for this very product, and what is like the best of them."""
         end = time.monotonic() + seconds
         tiles, clusters, _, _ = (sorted(set(numbers)) for numbers in zip(*proposed, strict=True))
         values = tiles, clusters, range(_OPTIONS), range(2)
@@ -145,7 +145,10 @@ class Search:
                     for number in numbers:
                         if time.monotonic() < end:
                             self._try(algorithm._replace(**{name: number}))
-        finalists = [algorithm for algorithm in self._fastest(_FINALISTS) if self._is_right(algorithm)]
+        finalists = self._fastest(_FINALISTS)
+        if self._rows >= _SUSTAINED_ROWS:  # where a fast one that takes much power may become a slow one
+            finalists += [algorithm for algorithm in proposed[:_FINALISTS] if algorithm in self._times]
+        finalists = [algorithm for algorithm in dict.fromkeys(finalists) if self._is_right(algorithm)]
         pytorch, *us = self._time([self._by_pytorch, *(self._calls[algorithm] for algorithm in finalists)])
         return Result(self._layer, self._rows, pytorch, dict(zip(finalists, us, strict=True)), len(self._times))
 

@@ -1,0 +1,72 @@
+"""What bench.products writes is what the model reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.shapes import SIZES
+from model.kernels import cublaslt
+from model.kernels.cublaslt import ROW_CLASSES, Algorithm
+from model.kernels.tilings import tiling_for
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from bench.products import TABLE, Result, rows_of, text_of, updated
+from bench.small_linear import Layer, layers_of
+
+LAYER = Layer("8B", "down", 4096, 12288, adds=True)
+FASTER, SLOWER = Algorithm(18, 2, 0, 1), Algorithm(20, 5, 3, 0)
+
+
+def result(rows: int, pytorch: float, us: dict[Algorithm, float], layer: Layer = LAYER) -> Result:
+    return Result(layer, rows, pytorch, us, tried=9)
+
+
+def test_the_fastest_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [
+        result(256, 48.1, {SLOWER: 45.0, FASTER: 41.8}),
+        result(128, 34.3, {FASTER: 34.2}),  # no gain that would count
+        result(1024, 140.0, {}),  # none was right
+        result(96, 19.0, {SLOWER: 15.0}, Layer("8B", "o", 4096, 4096)),
+    ]
+    table = updated({"cublaslt": "", "gpus": [], "products": {}}, results, version="13.1", gpu="NVIDIA H200")
+    assert json.loads(text_of(table)) == table
+    (tmp_path / "algorithms.json").write_text(text_of(table))
+    monkeypatch.setattr("model.kernels.cublaslt.resources.files", lambda package: tmp_path)
+    cublaslt._file.cache_clear()
+    cublaslt.measured.cache_clear()
+    try:
+        assert cublaslt.measured() == {(4096, 4096, 96): SLOWER, (4096, 12288, 256): FASTER}
+        assert cublaslt.measured_with() == "13.1"
+    finally:
+        cublaslt._file.cache_clear()
+        cublaslt.measured.cache_clear()
+
+
+def test_what_was_measured_takes_the_place_of_what_was() -> None:
+    old = {
+        "cublaslt": "13.1",
+        "gpus": ["NVIDIA H100"],
+        "products": {"4096x12288": {"128": [1, 2, 0, 0], "256": [3, 4, 0, 0]}},
+    }
+    table = updated(old, [result(128, 30.0, {FASTER: 30.0})], version="13.1", gpu="NVIDIA H200")
+    assert table["products"] == {"4096x12288": {"256": [3, 4, 0, 0]}}
+    assert table["gpus"] == ["NVIDIA H100", "NVIDIA H200"]
+    table = updated(old, [result(1024, 30.0, {FASTER: 20.0})], version="13.2", gpu="NVIDIA H200")
+    assert table == {"cublaslt": "13.2", "gpus": ["NVIDIA H200"], "products": {"4096x12288": {"1024": list(FASTER)}}}
+
+
+def test_the_table_is_as_it_would_be_written() -> None:
+    text = TABLE.read_text(encoding="utf-8")
+    assert text_of(json.loads(text)) == text
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_only_what_a_library_computes_is_measured(tmp_path: Path, size: str) -> None:
+    for layer in layers_of(size, tmp_path):
+        rows = rows_of(layer, ROW_CLASSES)
+        assert all(tiling_for(count, layer.n, layer.k, gated=layer.gated) is None for count in rows)
+        assert max(rows) == (256 if layer.name == "lm_head" else max(ROW_CLASSES))
