@@ -3,7 +3,7 @@
 For every layer of the chosen models and every class of rows that our own kernel does not take (linear.py in
 model/kernels), what PyTorch does is timed, and algorithms that cuBLASLt proposes for this product and others like it.
 The fastest are changed in one number after another as long as that helps. As in `bench.kernels`, launches go round
-weights that exceed the L2 cache; those that decide are captured in CUDA graphs, whose replays take turns. Of 2,048 rows
+weights that exceed the L2 cache; those that decide are captured in CUDA graphs, whose replays take turns. Of 512 rows
 and more, which keep a GPU busy for so long that power limits its clock, each runs by itself until the clock has
 settled. --write puts what is more than 1.5 % faster than PyTorch's choice into model/kernels/algorithms.json, which the
 model reads; what was not measured stays as it is. A model takes one to two minutes.
@@ -39,8 +39,8 @@ LEAST_GAIN = 1.015
 MAX_ERROR = 1e-2
 _PROPOSALS = 256  # so many are asked for; cuBLASLt has some eight
 _OPTIONS = 8
-_FINALISTS, _ROUNDS = 8, 7
-_SUSTAINED_ROWS, _SUSTAINED_S = 2048, 0.15
+_FINALISTS, _ROUNDS = 6, 7
+_SUSTAINED_ROWS, _SUSTAINED_S = 512, 0.12
 _HEAD_ROWS = 256  # the head sees the rows that draw a token
 _LIKE = (64, 128, 192, 256, 320, 512, 1024, 2048, 4096)  # rows of products whose algorithms are tried, too
 
