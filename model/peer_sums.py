@@ -35,13 +35,10 @@ a rank reads more for the same tensor in one shot, and hardly more in two; that 
 reckoned from that. `python -m bench.all_reduce` measures it.
 """
 
-MAX_TWO_SHOT_BYTES = 20 << 20
-"""The largest summand of a rank that is added up in two shots: 2,048 rows of 5,120 in 16 bits. The rest is NCCL's.
+MAX_TWO_SHOT_BYTES = 80 << 20
+"""The largest summand of a rank that is added up in two shots: 8,192 rows of 5,120 in 16 bits. The rest is NCCL's.
 
-Up to there, two shots with the norm take 0.6 to 0.7 times as long as NCCL and a norm's kernel (two H200s); beyond,
-nothing was measured. The bound is on the memory, of which twice as much is allocated. (A prompt just below it may be
-padded to a graph beyond it, which is NCCL's: 1.7B's of 4,097 to 5,120 tokens, and 8B's of 2,049 to 2,560 on 4 or 8
-ranks.)
+TO BE MEASURED. The bound is on the memory, of which twice as much is allocated.
 """
 
 MAX_PUSHED_BYTES = 640 << 10

@@ -21,7 +21,7 @@ from tests.model.shared_files import shared_files
 
 def test_options() -> None:
     options = build_parser().parse_args([])
-    assert (options.ranks, options.rows[0], options.rows[-1], options.json) == (2, 1, 2048, None)
+    assert (options.ranks, options.rows[0], options.rows[-1], options.json) == (2, 1, 8192, None)
     assert build_parser().parse_args(["--rows", "1", "8", "--json", "x"]).rows == [1, 8]
 
 
@@ -73,7 +73,7 @@ def test_the_crossover_tells_who_wins_from_where_on() -> None:
     one_shot = MAX_PEER_BYTES // 3 // 2048
     pushed = min(MAX_PUSHED_BYTES // 2048, one_shot)
     assert said.endswith(
-        f"used are one_shot up to {one_shot} rows, two_shot up to 10240, nccl beyond; "
+        f"used are one_shot up to {one_shot} rows, two_shot up to 40960, nccl beyond; "
         f"up to {pushed} rows are pushed by the layers that can, which is not measured here"
     )
     assert crossover(results((9, 10, 11)), 2).startswith("width 1024: fastest with norm are nccl from 1 on; ")
