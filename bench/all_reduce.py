@@ -28,7 +28,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from bench.provenance import json_file, provenance
 from model.kernels.norm import add_rms_norm, rms_norm_torch
-from model.peer_sums import Limits, PeerSums, Place, obstacle
+from model.peer_sums import MAX_PROGRAMS, Limits, PeerSums, Place, obstacle
 
 ROWS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WIDTHS = (4096, 5120)  # hidden sizes of 8B, and of 14B and 32B
@@ -204,7 +204,8 @@ def crossover(results: Sequence[Result], size: int) -> str:
     fastest = groupby(results, key=lambda result: min(WITH_NORM, key=lambda kind: result.us[kind]))
     wins = ", ".join(f"{kind.removesuffix(', norm')} from {next(same).rows} on" for kind, same in fastest)
     width, limits = results[0].width, Limits.of(size, DTYPE, push=True)
-    used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {limits.two_shots // width}"
+    two_shots = min(limits.two_shots // width, size * MAX_PROGRAMS)
+    used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {two_shots}"
     pushed = f"up to {limits.pushed // width} rows are pushed by the layers that can, which is not measured here"
     return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond; {pushed}"
 

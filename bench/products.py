@@ -32,6 +32,7 @@ from bench.shapes import share
 from bench.small_linear import MODELS, ROTATED_BYTES, Layer, draw, layers_of
 from model.kernels import cublaslt
 from model.kernels.cublaslt import ROW_CLASSES, Algorithm, AlgorithmStruct, Library, Product, ResultStruct
+from model.kernels.runtime import is_hopper
 from model.kernels.tilings import tiling_for
 
 TABLE = Path(cublaslt.__file__).with_name("algorithms.json")
@@ -66,10 +67,13 @@ class Result:
         return self.pytorch / self.us[self.best]
 
     def __str__(self) -> str:
-        layer, us = self.layer, self.us[self.best]
+        layer = self.layer
+        text = f"{layer.model} {layer.name} {layer.n}x{layer.k}, {self.rows} rows: PyTorch {self.pytorch:.1f} us, "
+        if not self.us:
+            return f"{text}nothing else of {self.tried}"
+        us = self.us[self.best]
         tflops = 2 * self.rows * layer.n * layer.k / us / 1e6
-        return (
-            f"{layer.model} {layer.name} {layer.n}x{layer.k}, {self.rows} rows: PyTorch {self.pytorch:.1f} us, "
+        return text + (
             f"best {us:.1f} ({self.gain - 1:+.1%}; {tflops:.0f} TFLOP/s, {layer.num_bytes / us / 1e6:.2f} TB/s), "
             f"{', '.join(map(str, self.best))} of {self.tried}"
         )
@@ -129,12 +133,13 @@ class Search:
         self._times: dict[Algorithm, float] = {}
         self._calls: dict[Algorithm, Call] = {}
 
-    def run(self, proposed: Sequence[Algorithm], seconds: float) -> Result:
-        """Try `proposed`, the first of them for this very product, and what is like the best of them."""
+    def run(self, proposed: Sequence[Algorithm], like: Sequence[Algorithm], seconds: float) -> Result:
+        """Try what is `proposed` for this product, what is for others `like` it, and what is like the best of these."""
         end = time.monotonic() + seconds
-        tiles, clusters, _, _ = (sorted(set(numbers)) for numbers in zip(*proposed, strict=True))
+        every = [*dict.fromkeys([*proposed, *like])]
+        tiles, clusters = (sorted({algorithm[index] for algorithm in every}) for index in range(2))
         values = tiles, clusters, range(_OPTIONS), range(2)
-        for algorithm in proposed:
+        for algorithm in every:
             if time.monotonic() < end - 0.4 * seconds:
                 self._try(algorithm)
         tried = 0
@@ -147,7 +152,7 @@ class Search:
                             self._try(algorithm._replace(**{name: number}))
         finalists = self._fastest(_FINALISTS)
         if self._rows >= _SUSTAINED_ROWS:  # where a fast one that takes much power may become a slow one
-            finalists += [algorithm for algorithm in proposed[:_FINALISTS] if algorithm in self._times]
+            finalists += [algorithm for algorithm in proposed if algorithm in self._times]
         finalists = [algorithm for algorithm in dict.fromkeys(finalists) if self._is_right(algorithm)]
         pytorch, *us = self._time([self._by_pytorch, *(self._calls[algorithm] for algorithm in finalists)])
         return Result(self._layer, self._rows, pytorch, dict(zip(finalists, us, strict=True)), len(self._times))
@@ -159,7 +164,7 @@ class Search:
         """Time it roughly, if it is for this product and has not been tried."""
         struct = None if algorithm in self._times else self._library.algorithm(algorithm)
         product = Product(self._library, self._layer.n, self._layer.k, struct) if struct else None
-        if product is not None and product.fits(self._rows):
+        if product is not None and product.prepare(self._rows):
             self._calls[algorithm] = lambda weight: product.run(self._x, weight, self._out, add=self._layer.adds)
             self._times[algorithm] = self._time_roughly(self._calls[algorithm])
 
@@ -242,7 +247,7 @@ def rows_of(layer: Layer, wanted: Sequence[int]) -> list[int]:
 
 def updated(table: dict[str, Any], results: Iterable[Result], *, version: str, gpu: str) -> dict[str, Any]:
     """Return the table with what was measured; of what was measured with another version nothing is left."""
-    known = table if table["cublaslt"] == version else {"gpus": [], "products": {}}
+    known = table if cublaslt.same_numbers(table["cublaslt"], version) else {"gpus": [], "products": {}}
     products: dict[str, dict[str, Sequence[int]]] = known["products"]
     for result in results:
         entries = products.setdefault(f"{result.layer.n}x{result.layer.k}", {})
@@ -279,26 +284,27 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the best into model/kernels/algorithms.json")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write every time here")
     arguments = parser.parse_args()
-    library = cublaslt.library_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    device = torch.device("cuda", 0)
+    library = cublaslt.library_of(device) if torch.cuda.is_available() and is_hopper(device) else None
     if library is None:
-        print("bench.products: no CUDA device, or no cuBLASLt that can be found", file=sys.stderr)
+        print("bench.products: no Hopper (compute capability 9), or PyTorch has no cuBLASLt", file=sys.stderr)
         return 1
     torch.manual_seed(0)
     proposals, results, began = Proposals(library), [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         models = {model: layers_of(model, Path(folder)) for model in arguments.model}
     for model, layers in models.items():
-        like = dict.fromkeys(
+        like = [
             algorithm
             for layer in layers
             for rows in _LIKE
             for n in (layer.n // 2, layer.n, layer.n * 2)
             for algorithm in proposals.of(rows, n, layer.k)
-        )
+        ]
         for layer in layers:
             for rows in rows_of(layer, arguments.rows):
-                proposed = [*dict.fromkeys([*proposals.of(rows, layer.n, layer.k), *like])]
-                results.append(Search(library, layer, rows).run(proposed, arguments.seconds))
+                proposed = proposals.of(rows, layer.n, layer.k)
+                results.append(Search(library, layer, rows).run(proposed, like, arguments.seconds))
                 print(results[-1], flush=True)
                 torch.cuda.empty_cache()
         print(f"# {model} done after {time.monotonic() - began:.0f} s", flush=True)

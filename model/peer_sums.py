@@ -38,7 +38,10 @@ reckoned from that. `python -m bench.all_reduce` measures it.
 MAX_TWO_SHOT_BYTES = 80 << 20
 """The largest summand of a rank that is added up in two shots: 8,192 rows of 5,120 in 16 bits. The rest is NCCL's.
 
-TO BE MEASURED. The bound is on the memory, of which twice as much is allocated.
+With the norm, two H200s take 0.7 to 0.8 times as long as with NCCL and a norm's kernel: of 8,192 rows of 4,096 (64 MiB)
+217 us instead of 310, of 5,120 302 instead of 379. Prompts of 8B, 16 x 4,096, go from 69.2k to 73.7k tokens a second
+with 80 MiB instead of 20, mixed requests from 16.4k to 16.6k (332383d, one machine). The bound is on the memory, of
+which twice as much is allocated.
 """
 
 MAX_PUSHED_BYTES = 640 << 10
@@ -128,8 +131,8 @@ class PeerSums:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
-        small, large = (-(-numel // 8) * 8 for numel in (limits.one_shot, limits.two_shots))  # all parts are aligned
-        inbox = -(-limits.pushed // 8) * 8
+        # All parts are aligned to 256 bytes, as memory is that PyTorch allocates.
+        small, large, inbox = (-(-numel // 128) * 128 for numel in (limits.one_shot, limits.two_shots, limits.pushed))
         rank, size = group.rank(), group.size()
         parts = [small] * len(Place) + [large] * 2 + [inbox * size] * len(Place)
         try:

@@ -43,6 +43,11 @@ def test_wheel_has_the_demo_checkpoint(wheel: zipfile.ZipFile, demo_checkpoint: 
         assert wheel.read(f"model/demo/{name}") == (demo_checkpoint / name).read_bytes()
 
 
+def test_wheel_has_the_table_that_a_benchmark_writes(wheel: zipfile.ZipFile, root: Path) -> None:
+    table = "model/kernels/algorithms.json"
+    assert wheel.read(table) == (root / table).read_bytes()
+
+
 def test_wheel_has_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} <= {

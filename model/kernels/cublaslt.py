@@ -1,11 +1,12 @@
 """Products by cuBLASLt, with the algorithm that was measured to be the fastest instead of the one that it would take.
 
-What it takes by itself is up to 40 % slower for 80 to 256 rows (docs/performance.md). `algorithms.json` names the
-others, for the layers of the models that were measured; `python -m bench.products` measures, and writes it. The numbers
-are cuBLASLt's own, and good for the version that they were measured with alone: with another one, on another kind of
-GPU, and for products that the file does not name, PyTorch multiplies.
+What it takes by itself is up to 40 % slower for 80 to 256 rows (docs/performance.md). `algorithms.json` names what is
+faster, for the layers of the models that were measured; `python -m bench.products` measures, and writes it. The numbers
+are cuBLASLt's own, and used with releases of the version that they were measured with, on Hoppers. PyTorch multiplies
+what the file does not name, and everything with another version.
 
-PyTorch has no way to name an algorithm, so this calls the C library that PyTorch has loaded.
+PyTorch has no way to name an algorithm, so this calls the C library that PyTorch has loaded. Names in capitals below
+are those of its header, cublasLt.h; no other function, number or structure is used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 from bisect import bisect_left
 from collections.abc import Mapping
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
@@ -26,15 +28,16 @@ from model.kernels.runtime import is_hopper, wanted
 
 logger = logging.getLogger(__name__)
 
+_FEW_ROWS = 16
+"""So many rows and fewer were not measured, and are PyTorch's: our own kernels take nearly all of them."""
 _SMALL = (32, 64, 80, 96, 112, *range(128, 257, 32))
 _LARGE = (*range(384, 1025, 128), *range(1280, 2049, 256), 3072, 4096, 6144, 8192)
 ROW_CLASSES = (*_SMALL, *_LARGE)
-"""Numbers of rows that were measured; in between, and above, the next or the last one's algorithm is taken. They are
-those that steps are padded to."""
+"""Numbers of rows that may be measured; in between, and above, the next or the last one's algorithm is taken. Of steps'
+graphs (`worker/shapes.py`), those of 64 to 256 rows, and mixed ones, have as many."""
 
-# Of cublasLt.h: no other numbers than these are passed, and no structure but the two below.
-_BF16, _FLOAT, _COMPUTE_FLOAT = 14, 0, 68
-_TRANSPOSE_A, _LAYOUT_COLUMNS = 3, 3
+_BF16, _FLOAT, _COMPUTE_FLOAT = 14, 0, 68  # CUDA_R_16BF, CUDA_R_32F, CUBLAS_COMPUTE_32F
+_TRANSPOSE_A, _LAYOUT_COLUMNS = 3, 3  # CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATRIX_LAYOUT_COLS
 
 _WORKSPACE_BYTES = 4096
 """Some algorithms ask for four. Products follow one another in a stream, and may share them."""
@@ -49,32 +52,19 @@ class Algorithm(NamedTuple):
     swizzle: int = 0
 
 
-class AlgorithmStruct(ctypes.Structure):
-    _fields_ = (("data", c_uint64 * 8),)
-
-
-class ResultStruct(ctypes.Structure):
-    _fields_ = (
-        ("algorithm", AlgorithmStruct),
-        ("workspace_bytes", c_size_t),
-        ("status", c_int),
-        ("waves", c_float),
-        ("reserved", c_int * 4),
-    )
-
-
 ATTRIBUTES: Mapping[str, tuple[int, Any]] = {
-    "family": (0, c_int32),
-    "tile": (1, c_uint32),
-    "splits": (2, c_int32),
-    "swizzle": (4, c_uint32),
-    "option": (5, c_uint32),
-    "stages": (6, c_uint32),
-    "cluster": (8, c_uint16),
+    "family": (0, c_int32),  # CUBLASLT_ALGO_CONFIG_ID
+    "tile": (1, c_uint32),  # .._TILE_ID
+    "splits": (2, c_int32),  # .._SPLITK_NUM
+    "swizzle": (4, c_uint32),  # .._CTA_SWIZZLING
+    "option": (5, c_uint32),  # .._CUSTOM_OPTION
+    "stages": (6, c_uint32),  # .._STAGES_ID
+    "cluster": (8, c_uint16),  # .._CLUSTER_SHAPE_ID
 }
 CONSTANTS: Mapping[str, int] = {"family": 66, "splits": 1, "stages": 35}
 """The fastest are of one family, which finds out itself how many stages there are; splitting the reduction, which needs
 a large workspace, has never been the best."""
+
 _SIGNATURES: Mapping[str, list[Any]] = {
     "cublasLtCreate": [c_void_p],
     "cublasLtMatmulDescCreate": [c_void_p, c_int, c_int],
@@ -89,21 +79,47 @@ _SIGNATURES: Mapping[str, list[Any]] = {
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
 
 
-def product_for(x: torch.Tensor, weight: torch.Tensor) -> Product | None:
-    """Return how to multiply x [rows, k] by weight [n, k] faster than PyTorch does, if that is known.
+class AlgorithmStruct(ctypes.Structure):
+    """cublasLtMatmulAlgo_t."""
 
-    It is where both are bfloat16 and contiguous, on a Hopper, and an algorithm has been measured with this cuBLASLt.
+    _fields_ = (("data", c_uint64 * 8),)
+
+
+class ResultStruct(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = (
+        ("algorithm", AlgorithmStruct),
+        ("workspace_bytes", c_size_t),
+        ("status", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+class CublasError(RuntimeError):
+    """cuBLASLt refuses what it should do."""
+
+
+def product_for(x: torch.Tensor, weight: torch.Tensor) -> Product | None:
+    """Return what multiplies x [rows, k] by weight [n, k] faster than PyTorch does, ready for so many rows.
+
+    None if nothing is known to. It is where both are contiguous bfloat16, on a Hopper that is the current device, and
+    an algorithm has been measured with this version of cuBLASLt.
     """
-    if x.dtype is not torch.bfloat16 or not is_hopper(x.device) or not wanted("cublaslt"):
+    if not x.dtype is weight.dtype is torch.bfloat16 or not is_hopper(x.device) or not wanted("cublaslt"):
         return None
-    product = _product(x.device, *weight.shape, row_class(x.shape[0]))
-    if product is None or not (x.is_contiguous() and weight.is_contiguous() and product.fits(x.shape[0])):
+    rows = row_class(x.shape[0])
+    product = None if rows is None else _product(x.device, *weight.shape, rows)
+    if product is None or not (x.is_contiguous() and weight.is_contiguous() and product.prepare(x.shape[0])):
         return None
     return product
 
 
-def row_class(rows: int) -> int:
-    """Return what so many rows count as."""
+def row_class(rows: int) -> int | None:
+    """Return what so many rows count as; None where they are too few."""
+    if rows <= _FEW_ROWS:
+        return None
     return ROW_CLASSES[min(bisect_left(ROW_CLASSES, rows), len(ROW_CLASSES) - 1)]
 
 
@@ -111,7 +127,7 @@ def row_class(rows: int) -> int:
 def _product(device: torch.device, n: int, k: int, rows: int) -> Product | None:
     algorithm = measured().get((n, k, rows))
     library = library_of(device)
-    if algorithm is None or library is None or library.version != measured_with():
+    if algorithm is None or library is None or not is_measured(library.version):
         return None
     struct = library.algorithm(algorithm)
     return None if struct is None else Product(library, n, k, struct)
@@ -128,9 +144,14 @@ def measured() -> Mapping[tuple[int, int, int], Algorithm]:
     }
 
 
-def measured_with() -> str:
-    """Return the version of cuBLASLt, such as "13.1", whose numbers these are."""
-    return str(_file()["cublaslt"])
+def is_measured(version: str) -> bool:
+    """Tell whether the numbers of `algorithms.json` are for a version of cuBLASLt, such as "13.1.0"."""
+    return same_numbers(version, str(_file()["cublaslt"]))
+
+
+def same_numbers(version: str, other: str) -> bool:
+    """Tell whether two versions of cuBLASLt have the same numbers: patches of a minor version do, by their headers."""
+    return version.rpartition(".")[0] == other.rpartition(".")[0]
 
 
 @cache
@@ -140,15 +161,15 @@ def _file() -> dict[str, Any]:
 
 @cache
 def library_of(device: torch.device) -> Library | None:
-    """Return the library with a handle for `device`; None where PyTorch's cannot be found."""
+    """Return the library with a handle for `device`; None, and a line in the log, where there is none."""
     try:
         library = Library(device)
-    except (OSError, AttributeError) as error:
-        logger.info("cuBLASLt is not used but by PyTorch: %s", error)
+    except (OSError, AttributeError, CublasError) as error:
+        logger.warning("products are left to PyTorch: %s", error)
         return None
-    if library.version != measured_with():
+    if not is_measured(library.version):
         logger.info(
-            "cuBLASLt %s takes its own algorithms: the fastest are known of %s", library.version, measured_with()
+            "products are left to PyTorch: cuBLASLt is %s, measured was %s", library.version, _file()["cublaslt"]
         )
     return library
 
@@ -157,31 +178,32 @@ class Library:
     """cuBLASLt, as PyTorch has loaded it, with a handle for one device."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises OSError where it cannot be found, AttributeError where it lacks a function."""
-        major = (torch.version.cuda or "").partition(".")[0]
-        self.functions = ctypes.CDLL(f"libcublasLt.so.{major}")
-        for name, arguments in _SIGNATURES.items():
-            getattr(self.functions, name).argtypes = arguments
+        """Raises OSError where it is not loaded, AttributeError where it lacks a function, CublasError for others."""
+        name = f"libcublasLt.so.{(torch.version.cuda or '').partition('.')[0]}"
+        self.functions = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        for function, arguments in _SIGNATURES.items():
+            getattr(self.functions, function).argtypes = arguments
         self.functions.cublasLtGetVersion.restype = c_size_t
         number = self.functions.cublasLtGetVersion()
-        self.version = f"{number // 10000}.{number // 100 % 100}"
+        self.version = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
         self.device = device
         self.workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         with torch.cuda.device(device):
             self.handle = self.made("cublasLtCreate")
 
-    def made(self, name: str, *arguments: object) -> c_void_p:
-        """Return what a function of this name has made."""
+    def made(self, function: str, *arguments: object) -> c_void_p:
+        """Return what a function makes. Raises CublasError."""
         made = c_void_p()
-        self.call(name, byref(made), *arguments)
+        self.call(function, byref(made), *arguments)
         return made
 
-    def call(self, name: str, *arguments: object) -> None:
-        if status := getattr(self.functions, name)(*arguments):
-            raise RuntimeError(f"{name} failed with status {status}")
+    def call(self, function: str, *arguments: object) -> None:
+        """Raises CublasError."""
+        if status := getattr(self.functions, function)(*arguments):
+            raise CublasError(f"{function} of cuBLASLt {self.version} failed with status {status}")
 
     def layout(self, rows: int, columns: int) -> c_void_p:
-        """A matrix in cuBLAS's order: columns that follow one another, where tensors have rows."""
+        """A matrix in cuBLAS's order: columns that follow one another, where tensors have rows. Raises CublasError."""
         return self.made("cublasLtMatrixLayoutCreate", _BF16, rows, columns, rows)
 
     def algorithm(self, algorithm: Algorithm) -> AlgorithmStruct | None:
@@ -201,9 +223,10 @@ class Library:
 
 
 class Product:
-    """x @ weight.T of one weight's shape [n, k], for any number of rows."""
+    """x @ weight.T of one weight's shape [n, k]; `prepare` it for a number of rows, then `run` it."""
 
     def __init__(self, library: Library, n: int, k: int, algorithm: AlgorithmStruct) -> None:
+        """Raises CublasError."""
         self._library, self._algorithm = library, algorithm
         self._rows, self._fits = 0, False
         # cuBLAS sees each tensor transposed, and gives out.T = weight @ x.T.
@@ -217,20 +240,22 @@ class Product:
         """The operation, and the layouts of weight, x, and the result: as what is added to, and as what is made."""
         return self._kind, self._weight, self._x, self._out, self._out
 
-    def fits(self, rows: int) -> bool:
-        """Be for so many rows from now on; return whether the algorithm is."""
-        if rows == self._rows:
-            return self._fits
-        self.resize(rows)
-        result = ResultStruct()
-        status = self._library.functions.cublasLtMatmulAlgoCheck(
-            self._library.handle, *self.description, byref(self._algorithm), byref(result)
-        )
-        self._fits = status == 0 and result.status == 0 and result.workspace_bytes <= _WORKSPACE_BYTES
+    def prepare(self, rows: int) -> bool:
+        """Be for so many rows from now on; return whether the algorithm is. What a graph has captured stays as it is.
+
+        Raises CublasError.
+        """
+        if rows != self._rows:
+            self.resize(rows)
+            result = ResultStruct()
+            status = self._library.functions.cublasLtMatmulAlgoCheck(
+                self._library.handle, *self.description, byref(self._algorithm), byref(result)
+            )
+            self._fits = status == 0 and result.status == 0 and result.workspace_bytes <= _WORKSPACE_BYTES
         return self._fits
 
     def resize(self, rows: int) -> None:
-        """Be for so many rows, whether the algorithm is or not."""
+        """Be for so many rows, whether the algorithm is or not. Raises CublasError."""
         self._rows, self._fits = rows, False
         columns = c_uint64(rows)
         for layout in (self._x, self._out):
@@ -239,14 +264,20 @@ class Product:
     def run(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
         """Write x @ weight.T to `out` [rows, n], or `add` it to what is there; summed in float32, rounded once.
 
-        The tensors must be contiguous, of this shape, and of as many rows as `fits` was last asked for.
+        All are contiguous bfloat16, at addresses that are divisible by 16, of as many rows as it is prepared for.
+
+        Raises CublasError.
         """
+        assert x.shape[0] == out.shape[0] == self._rows, "it is prepared for other rows"
         library, result = self._library, c_void_p(out.data_ptr())
         stream = torch.cuda.current_stream(library.device).cuda_stream
-        library.call(
-            "cublasLtMatmul",
-            *(library.handle, self._kind, byref(_ONE)),
-            *(weight.data_ptr(), self._weight, x.data_ptr(), self._x),
-            *(byref(_ONE if add else _ZERO), result, self._out, result, self._out),
-            *(byref(self._algorithm), library.workspace.data_ptr(), _WORKSPACE_BYTES, stream),
-        )
+        try:
+            library.call(
+                "cublasLtMatmul",
+                *(library.handle, self._kind, byref(_ONE)),
+                *(weight.data_ptr(), self._weight, x.data_ptr(), self._x),
+                *(byref(_ONE if add else _ZERO), result, self._out, result, self._out),
+                *(byref(self._algorithm), library.workspace.data_ptr(), _WORKSPACE_BYTES, stream),
+            )
+        except CublasError as error:
+            raise CublasError(f"{error}; LIGHTQWEN_WITHOUT=cublaslt leaves products to PyTorch") from None

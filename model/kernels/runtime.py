@@ -51,7 +51,12 @@ __all__ = [
 ]
 
 DISPENSABLE = (
-    *("pdl", "small_linear", "symmetric_memory", "sharded_sampling", "tensor_descriptors", "fused_decode"),
+    "pdl",
+    "small_linear",
+    "symmetric_memory",
+    "sharded_sampling",
+    "tensor_descriptors",
+    "fused_decode",
     "cublaslt",
 )
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""

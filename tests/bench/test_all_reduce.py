@@ -73,7 +73,7 @@ def test_the_crossover_tells_who_wins_from_where_on() -> None:
     one_shot = MAX_PEER_BYTES // 3 // 2048
     pushed = min(MAX_PUSHED_BYTES // 2048, one_shot)
     assert said.endswith(
-        f"used are one_shot up to {one_shot} rows, two_shot up to 40960, nccl beyond; "
+        f"used are one_shot up to {one_shot} rows, two_shot up to 32768, nccl beyond; "
         f"up to {pushed} rows are pushed by the layers that can, which is not measured here"
     )
     assert crossover(results((9, 10, 11)), 2).startswith("width 1024: fastest with norm are nccl from 1 on; ")

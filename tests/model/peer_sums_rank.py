@@ -33,6 +33,8 @@ FEW_ROWS_LIMITS = Limits(3 * 1024, 5 * 1024, 3 * 1024)
 """Three of these are summed in two shots: of one row, as many as there are ranks, and more. Three may be pushed."""
 MORE_PUSHED_LIMITS = Limits(64 * 1024, 64 * 1024, 64 * 1024)
 """As many rows as a model's layers push."""
+LARGEST = (8192, 5120)
+"""The largest that a model has summed in two shots."""
 DTYPES = (torch.bfloat16, torch.float32)
 EPS = 1e-6
 places = itertools.cycle(Place)
@@ -306,6 +308,20 @@ def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not
         assert all(torch.equal(every[0], other) for other in every[1:])
 
 
+def check_largest(group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
+    """With one program for every two rows, and the last ranks' late."""
+    dtype = torch.bfloat16
+    peer_sums = PeerSums(group, Limits.of(SIZE, dtype, push=True), dtype=dtype, device=device)
+    for call, rows in enumerate((LARGEST[0], LARGEST[0] - 1, 4096)):
+        shape = (rows, LARGEST[1])
+        for repeat in range(3):
+            x = summand(7 * call + repeat, rank, shape, dtype)
+            if repeat == rank:
+                be_late()
+            assert torch.equal(add_up(peer_sums, x, in_place=repeat > 0), total(7 * call + repeat, shape, dtype))
+    assert peer_sums.sum(torch.zeros((LARGEST[0] + 1, LARGEST[1]), dtype=dtype, device=device), Place.MLP) is None
+
+
 def join(rank: int, rendezvous: str) -> tuple[dist.ProcessGroup, torch.device]:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -371,6 +387,7 @@ def main(rank: int, rendezvous: str) -> None:
             if dtype is torch.bfloat16:
                 check_layers(peer_sums, rank, pushed=(1, 4, 5), not_pushed=(64, 511))  # the last in two shots
                 check_layers(PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device), rank, pushed=(33, 64))
+                check_largest(group, rank, device)
     dist.barrier()
     torch.cuda.synchronize()
     os._exit(0)  # the memory that is shared goes with the process, as it does when a supervisor ends a rank

@@ -65,7 +65,7 @@ def test_where_there_is_room(tmp_path: Path) -> None:
             made, narrow = (
                 peer_sums.PeerSums(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
                 for limits, dtype in (
-                    (peer_sums.Limits(13, 27, 5), torch.float32),
+                    (peer_sums.Limits(256, 384, 128), torch.float32),
                     (peer_sums.Limits(2 * rows, 2 * rows + 2), torch.bfloat16),
                 )
             )
@@ -80,20 +80,20 @@ def test_where_there_is_room(tmp_path: Path) -> None:
         return None if room is None else room.memory.data_ptr()
 
     small, large = (
-        [room(made, shape, torch.float32, place) for place in peer_sums.Place] for shape in ((1, 13), (3, 9))
+        [room(made, shape, torch.float32, place) for place in peer_sums.Place] for shape in ((2, 128), (3, 128))
     )
-    assert all(address is not None and address % 16 == 0 for address in small + large)
+    assert all(address is not None and address % 256 == 0 for address in small + large)
     assert len(set(small)) == len(peer_sums.Place), "each place of one shot has memory of its own"
     assert len(set(large)) == 1, "two shots need no more than one"
     assert not set(small) & set(large)
-    pushes = [made.room(torch.Size((1, 5)), torch.float32, place).push for place in peer_sums.Place]
+    pushes = [made.room(torch.Size((1, 128)), torch.float32, place).push for place in peer_sums.Place]
     inboxes = [int(push.inboxes[0]) for push in pushes]
-    assert all(address % 16 == 0 for address in inboxes)
+    assert all(address % 256 == 0 for address in inboxes)
     assert len({*inboxes, *small, *large}) == len(inboxes) + len(small) + 1, "each place has inboxes of its own"
-    assert made.room(torch.Size((3, 3)), torch.float32, peer_sums.Place.MLP).push is None
+    assert made.room(torch.Size((1, 129)), torch.float32, peer_sums.Place.MLP).push is None
     assert narrow.room(torch.Size((1, 2)), torch.bfloat16, peer_sums.Place.MLP).push is None
-    assert room(made, (1, 33), torch.float32, peer_sums.Place.MLP) is None
-    assert room(made, (1, 13), torch.bfloat16, peer_sums.Place.MLP) is None
+    assert room(made, (1, 385), torch.float32, peer_sums.Place.MLP) is None
+    assert room(made, (1, 128), torch.bfloat16, peer_sums.Place.MLP) is None
     assert room(narrow, (rows, 2), torch.bfloat16, peer_sums.Place.MLP) is not None
     assert room(narrow, (rows + 1, 2), torch.bfloat16, peer_sums.Place.MLP) is None, "programs without flags"
 
