@@ -85,7 +85,12 @@ def stand_in() -> dict[str, Any]:
     driver.set_active(CompileOnly())
     JITFunction.run = compile_only
     modules = [importlib.import_module(f"model.kernels.{m.name}") for m in pkgutil.iter_modules(model.kernels.__path__)]
-    stand_ins = {"use_triton": lambda _: True, "is_hopper": lambda _: True, "multiprocessors": lambda _: 132}
+    stand_ins = {
+        "use_triton": lambda _: True,
+        "is_hopper": lambda _: True,
+        "multiprocessors": lambda _: 132,
+        "library_of": lambda _: None,  # of cuBLASLt, which would want a device
+    }
     for module in (*modules, sampler, worker.tables):
         for name, stand_in in stand_ins.items():
             if hasattr(module, name):
