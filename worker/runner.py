@@ -226,7 +226,8 @@ class Runner:
         few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
         longest = min(self._runtime.max_batched_tokens, self._runtime.max_model_len)
         plans = [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
-        plans += [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in (0, 1, many - 1)]
+        beside = sorted({0, min(1, many - 1), many - 1})  # a chunk is a row too
+        plans += [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in beside]
         # Tokens of prompts are rows too, of which there may be more than of decodes.
         return plans + [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
 

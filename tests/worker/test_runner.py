@@ -22,14 +22,14 @@ from worker.shapes import _DECODE_ROWS, StepShape
 MAX_LEN, BLOCK, BLOCKS, SLOTS = 128, 16, 64, 8
 
 
-def make_runner(folder: Path) -> tuple[Runner, Scheduler]:
+def make_runner(folder: Path, max_running: int = SLOTS) -> tuple[Runner, Scheduler]:
     config = EngineConfig.model_validate(
         {
             "model": str(folder),
             "device": "cpu",
             "num_blocks": BLOCKS,
             "max_model_len": MAX_LEN,
-            "max_running": SLOTS,
+            "max_running": max_running,
             "max_batched_tokens": 64,
             "block_size": BLOCK,
         }
@@ -40,7 +40,7 @@ def make_runner(folder: Path) -> tuple[Runner, Scheduler]:
     limits = SchedulerLimits(
         vocab_size=shape.vocab_size,
         max_model_len=MAX_LEN,
-        max_running=SLOTS,
+        max_running=max_running,
         max_batched_tokens=64,
         max_mixed_tokens=64,
         block_size=BLOCK,
@@ -111,6 +111,15 @@ def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int]) ->
             assert len(graphs.used) >= 3, "the test uses too few shapes to show anything"
     assert outputs[0] == outputs[1]
     assert {len(tokens) for tokens in outputs[0].values()} == {12}
+
+
+@pytest.mark.parametrize("max_running", [1, 2, SLOTS])
+def test_warming_up_takes_no_more_rows_than_may_run(tiny_checkpoint: Path, max_running: int) -> None:
+    """On a GPU there is no room for the tokens of more."""
+    runner, _ = make_runner(tiny_checkpoint, max_running)
+    plans = runner._dead_plans()
+    assert max(plan.num_rows for plan in plans) == max_running
+    assert {plan.is_decode for plan in plans} == {False, True}
 
 
 def test_shapes_take_what_fits() -> None:
