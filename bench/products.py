@@ -308,14 +308,15 @@ def main() -> int:
                 print(results[-1], flush=True)
                 torch.cuda.empty_cache()
         print(f"# {model} done after {time.monotonic() - began:.0f} s", flush=True)
+        # After each model, so that a run that is ended leaves what it has measured.
         if arguments.write:
             table = json.loads(TABLE.read_text(encoding="utf-8"))
             table = updated(table, results, version=library.version, gpu=torch.cuda.get_device_name())
             TABLE.write_text(text_of(table), encoding="utf-8")
-    if arguments.json:
-        report = provenance("bench.products") | {"torch": torch.__version__, "cublaslt": library.version}
-        report |= {"hardware": torch.cuda.get_device_name(), "results": [result.report() for result in results]}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if arguments.json:
+            report = provenance("bench.products") | {"torch": torch.__version__, "cublaslt": library.version}
+            report |= {"hardware": torch.cuda.get_device_name(), "results": [result.report() for result in results]}
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"# {torch.cuda.get_device_name()}, cuBLASLt {library.version}, after {time.monotonic() - began:.0f} s")
     return 0
 

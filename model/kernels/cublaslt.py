@@ -130,7 +130,11 @@ def _product(device: torch.device, n: int, k: int, rows: int) -> Product | None:
     if algorithm is None or library is None or not is_measured(library.version):
         return None
     struct = library.algorithm(algorithm)
-    return None if struct is None else Product(library, n, k, struct)
+    try:
+        return None if struct is None else Product(library, n, k, struct)
+    except CublasError as error:
+        logger.warning("a product of %d rows by [%d, %d] is left to PyTorch: %s", rows, n, k, error)
+        return None
 
 
 @cache
