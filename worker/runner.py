@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +29,11 @@ from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
 from model.weights import load_model
 from worker.config import ConfigError, EngineConfig
+from worker.handover import Handover, Place
 from worker.parent import end_with
 from worker.plan import NO_ADMISSION, StepBounds, StepPlan
 from worker.runtime import RuntimeConfig
-from worker.shapes import StepShape, step_shapes
+from worker.shapes import StepShape, input_words, step_shapes
 from worker.tables import Rows, SlotTables, upload
 
 logger = logging.getLogger(__name__)
@@ -59,33 +59,16 @@ half of what sampling takes (8 us for 8 rows, 28 for 64) and half of gathering t
 
 @dataclass(frozen=True, slots=True)
 class _StepGraph:
-    """One captured step, which reads its plan at the head of the runner's input buffer."""
+    """One captured step."""
 
     shape: StepShape
     graph: torch.cuda.CUDAGraph
-    tokens: torch.Tensor  # [rows] int32, overwritten by the next replay of any graph
-
-
-@dataclass(frozen=True, slots=True)
-class _HostBuffers:
-    """Pinned memory for one step in flight, so that no step waits for the allocator."""
-
-    input: torch.Tensor  # [words] int32
-    tokens: torch.Tensor  # [rows] int32
-    copied: torch.cuda.Event  # both copies have been made
-
-    @classmethod
-    def allocate(cls, words: int, rows: int) -> _HostBuffers:
-        def pinned(count: int) -> torch.Tensor:
-            return torch.empty(count, dtype=torch.int32, pin_memory=True)
-
-        return cls(pinned(words), pinned(rows), torch.cuda.Event())  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
 class _Launched:
     tokens: torch.Tensor  # [rows] int32, on the host
-    copied: torch.cuda.Event | None  # None: they are there already
+    done: torch.cuda.Event | None  # None: they are there already
 
 
 class Runner:
@@ -113,15 +96,13 @@ class Runner:
         self._runtime = runtime
         self._shapes = step_shapes(runtime, model.graphs) if runtime.cuda_graphs else []
         self._graphs: list[_StepGraph] = []  # in the order of the shapes: the first that fits a plan is the cheapest
-        self._input = torch.zeros(
-            max((shape.num_words for shape in self._shapes), default=0), dtype=torch.int32, device=runtime.device
+        self._handover = Handover(
+            num_places=runtime.run_ahead + 2,
+            num_words=input_words(self._shapes, runtime.max_running),
+            num_rows=runtime.max_running,
+            device=runtime.device,
         )
         self._in_flight: deque[_Launched] = deque()
-        # One more than steps in flight: what was collected last may still be read.
-        self._free_buffers: deque[_HostBuffers] = deque(
-            _HostBuffers.allocate(len(self._input), runtime.max_running)
-            for _ in range(runtime.run_ahead + 2 if runtime.on_gpu else 0)
-        )
 
     @property
     def num_blocks(self) -> int:
@@ -134,19 +115,22 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
         """Start a step. On a GPU this returns while the device works."""
-        graph = next((graph for graph in self._graphs if graph.shape.fits(plan)), None)
-        if len(plan.admissions) and not (graph and graph.shape.admits(plan)):
-            self._tables.admit(plan)
         if not self._runtime.on_gpu:
-            self._in_flight.append(_Launched(self._run_eagerly(plan), None))
+            self._in_flight.append(_Launched(self._run_here(plan), None))
             return
-        buffers = self._free_buffers[0]
-        self._free_buffers.rotate(-1)
-        tokens = self._run_eagerly(plan) if graph is None else self._replay(graph, plan, buffers.input)
-        host = buffers.tokens[: plan.num_rows]
-        host.copy_(tokens[: plan.num_rows], non_blocking=True)
-        buffers.copied.record()
-        self._in_flight.append(_Launched(host, buffers.copied))
+        captured = next((captured for captured in self._graphs if captured.shape.fits(plan)), None)
+        shape = StepShape.of(plan, self._runtime.max_running) if captured is None else captured.shape
+        if len(plan.admissions) and not shape.admits(plan):
+            self._tables.admit(plan)
+        if not shape.enters(plan):
+            self._tables.set_blocks(upload(plan.block_updates, self._runtime.device))
+        place = self._take_place(shape, plan)
+        if captured is None:
+            self._run(shape)
+        else:
+            captured.graph.replay()
+        done = torch.cuda.current_stream().record_event(place.done)
+        self._in_flight.append(_Launched(place.tokens[: plan.num_rows], done))
 
     def collect(self) -> np.ndarray:
         """Wait for the oldest step in flight: [rows] int32 tokens, as `SlotTables.retire` gives them.
@@ -154,38 +138,41 @@ class Runner:
         They are good until the next launch.
         """
         launched = self._in_flight.popleft()
-        if launched.copied is not None:
-            launched.copied.synchronize()
+        if launched.done is not None:
+            launched.done.synchronize()
         return launched.tokens.numpy()
 
-    def _replay(self, graph: _StepGraph, plan: StepPlan, staged: torch.Tensor) -> torch.Tensor:
-        if not graph.shape.enters(plan):
-            self._tables.set_blocks(upload(plan.block_updates, self._runtime.device))
-        words = graph.shape.fill(staged.numpy(), plan, self._tables.scratch_slot)
-        self._input[:words].copy_(staged[:words], non_blocking=True)
-        graph.graph.replay()
-        return graph.tokens
+    def _take_place(self, shape: StepShape, plan: StepPlan) -> Place:
+        """Return the next step's place, with its input."""
+        place = self._handover.take_place()
+        shape.fill(place.input.numpy(), plan, self._tables.scratch_slot)
+        return place
 
-    def _run_eagerly(self, plan: StepPlan) -> torch.Tensor:
-        rows = plan.num_rows
-        packed = upload(
-            np.concatenate((plan.slots, plan.query_lens, plan.block_updates.reshape(-1))), self._runtime.device
-        )
+    def _run_here(self, plan: StepPlan) -> torch.Tensor:
+        """The whole step on the CPU; returns [rows] int32."""
+        if len(plan.admissions):
+            self._tables.admit(plan)
         if len(plan.block_updates):
-            self._tables.set_blocks(packed[2 * rows :].view(-1, 3))
-        return self._step(packed[:rows], packed[rows : 2 * rows], plan.bounds)
+            self._tables.set_blocks(upload(plan.block_updates, self._runtime.device))
+        slots, query_lens = (upload(array, self._runtime.device) for array in (plan.slots, plan.query_lens))
+        return self._tables.retire(*self._compute(slots, query_lens, plan.bounds))
 
-    def _step(self, slots: torch.Tensor, query_lens: torch.Tensor, bounds: StepBounds) -> torch.Tensor:
-        """The whole step on the device; returns [rows] int32."""
+    def _run(self, shape: StepShape) -> None:
+        """The whole step on a GPU, for the input and the tokens in the step's place."""
+        words = self._tables.fetch(self._handover, shape)
+        self._tables.retire_to(self._handover, *self._compute(words.slots, words.query_lens, shape.bounds))
+
+    def _compute(self, slots: torch.Tensor, query_lens: torch.Tensor, bounds: StepBounds) -> tuple[Rows, torch.Tensor]:
+        """What a step does between its input and its tokens; returns its rows, and what each draws, [rows] int32."""
         inputs, rows = self._tables.prepare(slots, query_lens, bounds)
-        return self._finish(inputs, rows, bounds)
+        return rows, self._draw(self._run_model(inputs, rows, bounds), rows.slots, rows.lengths)
 
-    def _finish(self, inputs: StepInputs, rows: Rows, bounds: StepBounds) -> torch.Tensor:
-        """What a step does once its inputs are there."""
-        hidden = self._model(inputs, self._kv_cache)
+    def _run_model(self, inputs: StepInputs, rows: Rows, bounds: StepBounds) -> torch.Tensor:
+        """Return the hidden states of the rows' last tokens."""
+        hidden: torch.Tensor = self._model(inputs, self._kv_cache)
         if bounds.max_chunk_rows:  # else each row's only token is its last
             hidden = hidden[rows.last_tokens]
-        return self._tables.retire(rows, self._draw(hidden, rows.slots, rows.lengths))
+        return hidden
 
     def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Sample from the hidden states of the rows' last tokens: [rows] int32, the same on every rank."""
@@ -207,12 +194,13 @@ class Runner:
     def try_out(self) -> None:
         """Launch what `warm_up` does, and what enters blocks, where launches are only tried (`compile_ahead`)."""
         for plan in self._dead_plans():
-            slots, query_lens = (upload(array, self._runtime.device) for array in (plan.slots, plan.query_lens))
-            inputs, rows = self._tables.prepare(slots, query_lens, plan.bounds)
+            words = self._tables.fetch(self._handover, StepShape.of(plan, self._runtime.max_running))
+            inputs, rows = self._tables.prepare(words.slots, words.query_lens, plan.bounds)
             # PyTorch, which does launch, follows what nobody has written.
             inputs.token_ids.zero_()
             rows.last_tokens.zero_()
-            self._finish(inputs, rows, plan.bounds)
+            drawn = self._draw(self._run_model(inputs, rows, plan.bounds), rows.slots, rows.lengths)
+            self._tables.retire_to(self._handover, rows, drawn)
         self._tables.set_blocks(torch.zeros((1, 3), dtype=torch.int32, device=self._runtime.device))
         self._admit_nobody()
 
@@ -235,31 +223,18 @@ class Runner:
     def capture(self, progress: Progress) -> None:
         """Capture the steps, largest first so that the others fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        nothing = self._dead_plan(0)
+        nobody = self._dead_plan(0)
         for done, shape in enumerate(sorted(self._shapes, key=lambda shape: -shape.bounds.num_tokens)):
             progress("capturing CUDA graphs", done, len(self._shapes))
-            words = np.empty(shape.num_words, np.int32)
-            shape.fill(words, nothing, self._tables.scratch_slot)
-            self._input[: shape.num_words] = upload(words, self._runtime.device)
-            self._graphs.append(self._capture_one(shape, pool))
+            self._take_place(shape, nobody)
+            self._run(shape)  # compiles kernels and sets libraries up, which a capture must not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._run(shape)
+            self._graphs.append(_StepGraph(shape, graph))
         self._graphs.sort(key=lambda graph: self._shapes.index(graph.shape))
         torch.cuda.synchronize()
-
-    def _capture_one(self, shape: StepShape, pool: Any) -> _StepGraph:
-        inputs = shape.split(self._input)
-
-        def step() -> torch.Tensor:
-            if shape.max_admissions:
-                self._tables.admit_records(inputs.admissions, inputs.ids)
-            self._tables.set_blocks(inputs.updates)
-            return self._step(inputs.slots, inputs.query_lens, shape.bounds)
-
-        step()  # compiles kernels and sets libraries up, which a capture must not
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            tokens = step()
-        return _StepGraph(shape, graph, tokens)
 
     def _dead_plan(self, decode_rows: int, chunk_lens: Sequence[int] = ()) -> StepPlan:
         """A step of dead rows."""

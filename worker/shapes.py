@@ -2,12 +2,13 @@
 
 A step is padded to the first shape that it fits: with rows of the scratch slot, tokens of no row, block updates for the
 scratch slot's table, and admissions to no slot. All that a graph reads is one array of words, so that a step is one
-copy and one launch.
+launch. A step without a graph has a shape of its own, for the same words.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class StepWords(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What a captured step has room for."""
+    """What a step has room for."""
 
     num_rows: int
     bounds: StepBounds
@@ -64,7 +65,15 @@ class StepShape:
             max_query_len=tokens,
             max_kv_len=max_model_len,
         )
-        return cls(rows, bounds, max_updates=rows + 128, max_admissions=min(rows, _MAX_ADMISSIONS), max_ids=tokens)
+        return cls(
+            rows, bounds, max_updates=_max_updates(rows), max_admissions=min(rows, _MAX_ADMISSIONS), max_ids=tokens
+        )
+
+    @classmethod
+    def of(cls, plan: StepPlan, max_running: int) -> StepShape:
+        """The shape of a step that gets no graph: its own. It admits nobody, and enters no unusual number of blocks."""
+        updates = len(plan.block_updates)
+        return cls(plan.num_rows, plan.bounds, max_updates=updates if updates <= _max_updates(max_running) else 0)
 
     @property
     def is_decode(self) -> bool:
@@ -101,8 +110,8 @@ class StepShape:
         """Whether there is room for the blocks that a plan enters."""
         return len(plan.block_updates) <= self.max_updates
 
-    def fill(self, words: np.ndarray, plan: StepPlan, scratch_slot: int) -> int:
-        """Write the input for `plan` into `words` [num_words] int32, padded; return how many of them are read.
+    def fill(self, words: np.ndarray, plan: StepPlan, scratch_slot: int) -> None:
+        """Write the input for `plan` into `words` int32, padded to the first `num_words` of them.
 
         What it has no room for, admissions or block updates, is left out, all of a kind.
         """
@@ -119,7 +128,16 @@ class StepShape:
         parts.admissions[:admissions] = plan.admissions[:admissions].view(np.int32).reshape(-1, _ADMISSION_WORDS)
         parts.admissions[admissions:] = NO_ADMISSION.view(np.int32)
         parts.ids[:ids] = plan.admitted_ids[:ids]
-        return self.num_words - self.max_ids + ids
+
+
+def _max_updates(rows: int) -> int:
+    """Block updates that a step of any rows has room for: more come when a long prefix is found in the cache."""
+    return rows + 128
+
+
+def input_words(shapes: Sequence[StepShape], max_running: int) -> int:
+    """int32 words of the largest input of a step: one of `shapes`, or without a graph."""
+    return max([2 * max_running + 3 * _max_updates(max_running), *(shape.num_words for shape in shapes)])
 
 
 def step_shapes(runtime: RuntimeConfig, captured: CapturedSteps) -> list[StepShape]:

@@ -1,7 +1,11 @@
 """The Triton half of `worker/tables.py`, which says what these operations mean and holds their torch references.
 
-A step turns to the tables three times, each with one launch: new blocks, what the model needs, what was drawn. In torch
-operations that is some fifty launches, which a decode step of a small model has no time for.
+A step turns to the tables three times, each with one launch: its input and new blocks, what the model needs, what was
+drawn. In torch operations that is some fifty launches, which a decode step of a small model has no time for. The first
+and the last of them reach into the host's memory (`worker/handover.py`), so that nothing else passes between the two.
+
+All but the first are dependent launches (`model/kernels/dependent.py`), and read nothing before they wait. The first is
+not: it changes the turn, which the last kernel of the step before must have read.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,10 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.kernels.runtime import constexpr, jit_once, tl, triton
+from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.runtime import constexpr, jit, jit_once, tl, triton
+from worker.handover import FETCHED_WORDS
 from worker.plan import ADMISSION
 
 if TYPE_CHECKING:
+    from worker.handover import Handover
     from worker.tables import SlotState
 
 _UPDATES = 256  # block updates of one program
@@ -43,6 +50,27 @@ _WIDTH = 1024  # tokens that a program copies at a time
 ) = (constexpr(ADMISSION.fields[name][1] // 4) for name in ADMISSION.names or () if ADMISSION.fields)
 
 
+def fetch_triton(state: SlotState, handover: Handover, num_words: int, first_update: int, num_updates: int) -> None:
+    """Begin a step: fetch its input of `num_words`, and enter the new blocks that are told from word `first_update` on,
+    three words each."""
+    pieces = triton.cdiv(num_words, FETCHED_WORDS)
+    _fetch_kernel[(pieces + triton.cdiv(num_updates, _UPDATES),)](
+        handover.inputs,
+        handover.turn,
+        handover.input,
+        state.blocks,
+        pieces,
+        first_update,
+        num_updates,
+        handover.inputs.shape[1],
+        state.blocks.shape[1],
+        WORDS=FETCHED_WORDS,
+        UPDATES=_UPDATES,
+        PDL=bool(dependent_launch(handover.input)),
+        num_warps=4,
+    )
+
+
 def enter_blocks_triton(state: SlotState, updates: torch.Tensor) -> None:
     """Compute `SlotTables.set_blocks`."""
     count = updates.shape[0]
@@ -55,6 +83,7 @@ def admit_triton(state: SlotState, records: torch.Tensor, ids: torch.Tensor) -> 
     """Compute `SlotTables.admit` from ADMISSION records as words, [admissions, words] int32, and [ids] int32."""
     count, words = records.shape
     sampling = state.sampling
+    launch = dependent_launch(records)
     _admit_kernel[(count,)](
         records,
         ids,
@@ -82,7 +111,9 @@ def admit_triton(state: SlotState, records: torch.Tensor, ids: torch.Tensor) -> 
         STOP_BLOCK=triton.next_power_of_2(sampling.stop_ids.shape[1]),
         RECORDS=max(256, triton.next_power_of_2(count)),
         WIDTH=_WIDTH,
+        PDL=bool(launch),
         num_warps=4,
+        **launch,
     )
 
 
@@ -105,6 +136,7 @@ def prepare_triton(
         "lengths": empty(rows),
         "last_tokens": empty(rows, of=torch.int64),
     }
+    launch = dependent_launch(slots)
     _prepare_kernel[(rows + 1,)](
         slots,
         query_lens,
@@ -122,7 +154,9 @@ def prepare_triton(
         ROWS=max(256, triton.next_power_of_2(rows)),
         WIDTH=32 if decode_only else _WIDTH,
         BLOCKS=64,
+        PDL=bool(launch),
         num_warps=1 if decode_only else 4,
+        **launch,
     )
     return made
 
@@ -132,13 +166,15 @@ def retire_triton(
     slots: torch.Tensor,
     query_lens: torch.Tensor,
     drawn: torch.Tensor,
+    handover: Handover,
     *,
     no_token: int,
     broken_row: int,
-) -> torch.Tensor:
-    """Compute `SlotTables.retire`."""
-    told = torch.empty_like(drawn)
+) -> None:
+    """Compute `SlotTables.retire`, with its results in the step's place on the host, and pass the turn on."""
+    places, width = handover.tokens.shape
     stop_ids = state.sampling.stop_ids
+    launch = dependent_launch(drawn)
     _retire_kernel[(slots.shape[0],)](
         slots,
         query_lens,
@@ -150,16 +186,52 @@ def retire_triton(
         state.done,
         stop_ids,
         state.sampling.counts,
-        told,
+        handover.tokens,
+        handover.turn,
         state.tokens.shape[1],
         state.sampling.counts.shape[1],
+        width,
+        PLACES=places,
         STOP_IDS=stop_ids.shape[1],
         STOP_BLOCK=triton.next_power_of_2(stop_ids.shape[1]),
         NO_TOKEN=no_token,
         BROKEN_ROW=broken_row,
+        PDL=bool(launch),
         num_warps=1,
+        **launch,
     )
-    return told
+
+
+@jit_once("pieces", "first_update", "num_updates")
+def _fetch_kernel(
+    inputs_ptr,  # [places, width] int32, on the host
+    turn_ptr,  # [2] int32: `Handover.turn`
+    input_ptr,  # [width] int32
+    blocks_ptr,  # [slots, max_blocks] int32
+    pieces,
+    first_update,
+    num_updates,
+    width,
+    max_blocks,
+    WORDS: tl.constexpr,
+    UPDATES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs for a piece of the input each, and behind them programs for UPDATES new blocks each.
+
+    The host writes between steps what is read here: volatile reads do not find it in a cache.
+    """
+    begin_dependents(PDL)
+    program = tl.program_id(0)
+    place = tl.load(turn_ptr)
+    if program == 0:
+        tl.store(turn_ptr + 1, place)
+    words = inputs_ptr + place.to(tl.int64) * width
+    if program < pieces:
+        word = program * WORDS + tl.arange(0, WORDS)
+        tl.store(input_ptr + word, tl.load(words + word, volatile=True))
+    else:
+        _enter(words + first_update, (program - pieces) * UPDATES, num_updates, blocks_ptr, max_blocks, UPDATES)
 
 
 @jit_once("updates_ptr", "count")
@@ -170,12 +242,18 @@ def _enter_blocks_kernel(
     max_blocks,
     UPDATES: tl.constexpr,
 ):
-    update = tl.program_id(0) * UPDATES + tl.arange(0, UPDATES)
+    _enter(updates_ptr, tl.program_id(0) * UPDATES, count, blocks_ptr, max_blocks, UPDATES)
+
+
+@jit
+def _enter(updates, first, count, blocks, max_blocks, UPDATES: tl.constexpr):
+    """Enter up to UPDATES new blocks, from the one of number `first` on."""
+    update = first + tl.arange(0, UPDATES)
     mask = update < count
-    slot = tl.load(updates_ptr + 3 * update, mask=mask, other=0).to(tl.int64)
-    index = tl.load(updates_ptr + 3 * update + 1, mask=mask, other=0)
-    block = tl.load(updates_ptr + 3 * update + 2, mask=mask, other=0)
-    tl.store(blocks_ptr + slot * max_blocks + index, block, mask=mask)
+    slot = tl.load(updates + 3 * update, mask=mask, other=0, volatile=True).to(tl.int64)
+    index = tl.load(updates + 3 * update + 1, mask=mask, other=0, volatile=True)
+    block = tl.load(updates + 3 * update + 2, mask=mask, other=0, volatile=True)
+    tl.store(blocks + slot * max_blocks + index, block, mask=mask)
 
 
 @jit_once("records_ptr", "ids_ptr", "count")
@@ -206,8 +284,11 @@ def _admit_kernel(
     STOP_BLOCK: tl.constexpr,
     RECORDS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one record; nothing is done for one without a slot (-1)."""
+    begin_dependents(PDL)
+    wait(PDL)
     number = tl.program_id(0)
     record = records_ptr + number * WORDS
     slot = tl.load(record + _SLOT).to(tl.int64)
@@ -285,8 +366,11 @@ def _prepare_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one row; the last one, behind all rows: the tokens that belong to none."""
+    begin_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0)
     other = tl.arange(0, ROWS)
     start = tl.sum(tl.load(query_lens_ptr + other, mask=other < row, other=0), axis=0)
@@ -336,16 +420,24 @@ def _retire_kernel(
     done_ptr,  # [slots] bool
     stop_ids_ptr,  # [slots, STOP_IDS] int32
     counts_ptr,  # [slots, vocab_size] int32
-    told_ptr,  # [rows] int32
+    told_ptr,  # [PLACES, width] int32, on the host
+    turn_ptr,  # [2] int32: `Handover.turn`
     max_model_len,
     vocab_size,
+    width,
+    PLACES: tl.constexpr,
     STOP_IDS: tl.constexpr,
     STOP_BLOCK: tl.constexpr,
     NO_TOKEN: tl.constexpr,
     BROKEN_ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one row. Dead rows write nothing, so that several may share the scratch slot."""
+    wait(PDL)
     row = tl.program_id(0)
+    place = tl.load(turn_ptr + 1)
+    if row == 0:
+        tl.store(turn_ptr, (place + 1) % PLACES)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     query_len = tl.load(query_lens_ptr + row)
     told = tl.full([], NO_TOKEN, tl.int32)
@@ -369,4 +461,4 @@ def _retire_kernel(
                 stopped = tl.max((stops == token).to(tl.int32), axis=0) > 0
                 done = stopped | (length + 1 == tl.load(max_length_ptr + slot))
                 tl.store(done_ptr + slot, done)
-    tl.store(told_ptr + row, told)
+    tl.store(told_ptr + place.to(tl.int64) * width + row, told)

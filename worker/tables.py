@@ -7,6 +7,7 @@ that the same code runs eagerly and inside a CUDA graph. The last row is scratch
 always done.
 
 The torch code here is the definition; `worker/table_kernels.py` computes the same on a GPU, with a launch for each.
+There a step begins with `fetch` and ends with `retire_to`, since its input and its tokens lie in the host's memory.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch.nn.functional as F
 from model.inputs import StepInputs
 from model.kernels.runtime import use_triton
 from model.sampler import SamplingTables
+from worker.handover import Handover
 from worker.messages import MAX_STOP_IDS
 from worker.plan import ADMISSION, StepBounds, StepPlan
 from worker.scheduler import BROKEN_ROW, NO_TOKEN
-from worker.table_kernels import admit_triton, enter_blocks_triton, prepare_triton, retire_triton
+from worker.shapes import StepShape, StepWords
+from worker.table_kernels import admit_triton, enter_blocks_triton, fetch_triton, prepare_triton, retire_triton
 
 SAMPLING_COLUMNS = (
     "temperature",
@@ -119,6 +122,16 @@ class SlotTables:
             slots, indices, blocks = updates.long().unbind(1)
             self.state.blocks[slots, indices] = blocks.int()
 
+    def fetch(self, handover: Handover, shape: StepShape) -> StepWords:
+        """Begin a step on a GPU: fetch the input that `shape` has filled the step's place with, and do what it tells of
+        admissions and new blocks. Returns the input, on the device."""
+        words = shape.split(handover.input)
+        first_update = words.updates.storage_offset()
+        fetch_triton(self.state, handover, shape.num_words, first_update, shape.max_updates)
+        if shape.max_admissions:
+            self.admit_records(words.admissions, words.ids)
+        return words
+
     def prepare(self, slots: torch.Tensor, query_lens: torch.Tensor, bounds: StepBounds) -> tuple[StepInputs, Rows]:
         """Gather a step's inputs. `slots` and `query_lens`: [rows] int32, of at most `bounds.num_tokens` tokens."""
         if self.use_triton:
@@ -142,11 +155,13 @@ class SlotTables:
 
         Returns [rows] int32: the token, NO_TOKEN where the row drew none, BROKEN_ROW where it holds a NaN.
         """
-        if self.use_triton:
-            return retire_triton(
-                self.state, rows.slots, rows.query_lens, drawn, no_token=NO_TOKEN, broken_row=BROKEN_ROW
-            )
         return retire_torch(self.state, rows.slots, rows.query_lens, drawn)
+
+    def retire_to(self, handover: Handover, rows: Rows, drawn: torch.Tensor) -> None:
+        """End a step on a GPU: `retire`, with what it returns left in the step's place."""
+        retire_triton(
+            self.state, rows.slots, rows.query_lens, drawn, handover, no_token=NO_TOKEN, broken_row=BROKEN_ROW
+        )
 
 
 def admit_torch(state: SlotState, records: torch.Tensor, ids: torch.Tensor, admissions: np.ndarray) -> None:

@@ -37,7 +37,9 @@ from model.kernels.small_linear import small_linear_triton
 from model.kernels.tilings import MEASURED, PUSHED
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
+from worker.handover import Handover
 from worker.plan import NO_ADMISSION, StepBounds
+from worker.shapes import StepShape
 from worker.tables import SlotTables
 
 CPU = torch.device("cpu")
@@ -123,6 +125,7 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
     # Of what is gone without something, a few: most kernels are the same.
     few = bool(unwanted()) or dtype is torch.float32
     decodes = decodes or ((1, 4, 16, 32) if few else (1, 2, 8, 16, 32, 64, 128, 256))
+    handover = Handover(num_places=4, num_words=4096, num_rows=SLOTS, device=CPU)
     for rows, chunks in (*((rows, 0) for rows in decodes), (5, 3), (8, 8)):
         tokens = 320 if chunks else rows
         bounds = StepBounds(
@@ -134,10 +137,11 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
         )
         slots, ones = torch.zeros(rows, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
         tables.set_blocks(torch.zeros((3, 3), dtype=torch.int32))
+        tables.fetch(handover, StepShape(rows, bounds, max_updates=rows))
         inputs, of_rows = tables.prepare(slots, ones, bounds)
         inputs.token_ids.zero_()  # the embedding is no kernel of ours, and looks them up
         logits = qwen3.compute_logits(qwen3(inputs, cache)[:rows])
-        tables.retire(of_rows, sampler.sample(logits, slots, ones, tables.sampling))
+        tables.retire_to(handover, of_rows, sampler.sample(logits, slots, ones, tables.sampling))
 
 
 def run_sums(width: int, dtype: torch.dtype) -> None:

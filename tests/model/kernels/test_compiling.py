@@ -21,6 +21,7 @@ ALWAYS = {
     "_admit_kernel",
     "_choose_kernel",
     "_enter_blocks_kernel",
+    "_fetch_kernel",
     "_plan_kernel",
     "_peer_sum_kernel",
     "_prepare_kernel",
@@ -34,6 +35,9 @@ SMALL_LINEAR = {"_fma_kernel", "ring_kernel"}
 ATTENTION = {"prefill_kernel", "decode_kernel"}  # in Gluon
 ATTENTION_ELSEWHERE = {"_prefill_kernel", "_decode_kernel"}
 DEPENDENT = SMALL_LINEAR | {
+    "_admit_kernel",
+    "_prepare_kernel",
+    "_retire_kernel",
     "_qk_norm_rope_store_kernel",
     "_rms_norm_kernel",
     "_silu_and_mul_kernel",
