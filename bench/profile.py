@@ -54,7 +54,7 @@ GROUPS = (
     ("norm", r"_rms_norm"),
     ("activation", r"_silu"),
     ("sampling", r"_score_kernel|_choose_kernel"),
-    ("tables", r"_prepare_kernel|_retire_kernel|_admit_kernel|_enter_blocks_kernel"),
+    ("tables", r"_fetch_kernel|_prepare_kernel|_retire_kernel|_admit_kernel|_enter_blocks_kernel"),
     ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_fma_kernel|ring_kernel"),
     ("collectives", r"nccl|all_reduce|_peer_sum_kernel"),
     ("copies", r"Memcpy|Memset"),
