@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from model.kernels.norm import add_rms_norm
 from model.peer_sums import PeerSums, Place, Room
@@ -18,7 +19,8 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class TensorParallel:
     """This rank's place among `size` ranks. `group` is None exactly when size is 1 (nothing to talk to).
 
-    `peer_sums`, where all ranks have it, sums all but very large tensors faster than the group does.
+    `peer_sums`, where all ranks have it, sums all but very large tensors faster than the group does, and puts columns
+    side by side.
     """
 
     rank: int = 0
@@ -34,14 +36,15 @@ class TensorParallel:
         """Where a sum would have its next argument [rows, width] written, to save a copy; None: it does not mind."""
         return None if self.peer_sums is None else self.peer_sums.room(shape, dtype, place)
 
-    def all_reduce(self, x: torch.Tensor, place: Place) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, place: Place, *, pushed: bool = False) -> torch.Tensor:
         """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up.
+        `pushed`: each rank has written it where the room's `push` says, too.
 
         It is there until the next sum, which may have it as the residual.
         """
         if self.group is None:
             return x
-        if self.peer_sums is not None and (total := self.peer_sums.sum(x, place)) is not None:
+        if self.peer_sums is not None and (total := self.peer_sums.sum(x, place, pushed=pushed)) is not None:
             return total
         dist.all_reduce(x, group=self.group)
         return x
@@ -78,24 +81,36 @@ class TensorParallel:
         _all_gather_into(gathered, x.contiguous(), group=self.group)
         return gathered
 
-    def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
-        """Concatenate every rank's [rows, n] along the last dimension: [rows, n * size], the same on every rank."""
+    def room_for_columns(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where `gather_columns`, or `share_columns`, would have its next argument [rows, n] written, to save a copy;
+        None: it does not mind."""
+        return None if self.peer_sums is None else self.peer_sums.logits.room(shape, dtype)
+
+    def gather_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        """Put every rank's [rows, n] side by side, but for what lies past `columns`: contiguous [rows, columns], the
+        same on every rank. `x` is used up."""
         if self.group is None:
-            return x
-        rows, width = x.shape
-        parts = self.all_gather_rows(x).view(self.size, rows, width)
-        return parts.transpose(0, 1).reshape(rows, self.size * width)
+            return x[:, :columns].contiguous()
+        if self.peer_sums is not None and (whole := self.peer_sums.logits.gather(x, columns, share=False)) is not None:
+            return whole
+        return _side_by_side(self.all_gather_rows(x).view(self.size, *x.shape), columns)
 
-    def exchange_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Give each rank its share of the rows, whole: [rows, n] on every rank to [rows / size, n * size].
+    def share_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        """Give each rank its share of the rows of `gather_columns`: contiguous [ceil(rows / size), columns].
 
-        The rows, which must divide by `size`, are shared out in order; every rank's columns are put side by side, as
-        by `all_gather_last`, whose rows these are.
+        The rows are shared out in order. Where they do not divide, the last shares end in rows of zeros.
         """
         if self.group is None:
-            return x
-        rows, width = x.shape
-        share = rows // self.size
-        parts = x.new_empty((self.size, share, width))
-        dist.all_to_all_single(parts.view(rows, width), x.contiguous(), group=self.group)
-        return parts.transpose(0, 1).reshape(share, self.size * width)
+            return x[:, :columns].contiguous()
+        if self.peer_sums is not None and (share := self.peer_sums.logits.gather(x, columns, share=True)) is not None:
+            return share
+        missing = -len(x) % self.size
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+        parts = torch.empty_like(x)
+        dist.all_to_all_single(parts, x, group=self.group)
+        return _side_by_side(parts.view(self.size, -1, x.shape[1]), columns)
+
+
+def _side_by_side(parts: torch.Tensor, columns: int) -> torch.Tensor:
+    """[ranks, rows, n] to contiguous [rows, columns], what lies past them dropped."""
+    return parts.transpose(0, 1).flatten(1)[:, :columns].contiguous()

@@ -9,6 +9,9 @@ Small tensors are summed in one shot: every rank sums all rows. Those of few row
 that makes them, if it can, else they are read by them. Larger ones, as prefills have, are summed in two shots: a rank
 sums only the rows that it owns, and writes the results to all others. What is larger still is left to NCCL.
 
+Logits, which are not summed but put side by side, go through the same memory and with the same flags
+(`model.peer_logits`).
+
 NVLink multicast is neither used nor set up.
 """
 
@@ -23,7 +26,9 @@ import torch
 import torch.distributed as dist
 
 from model.errors import ModelError
+from model.kernels.peer_logits import Parts
 from model.kernels.peer_sum import EMPTY, Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
+from model.peer_logits import MAX_LOGITS_BYTES, PeerLogits
 
 MAX_PEER_BYTES = 1 << 20
 """What a rank reads from all others in one shot at most. Larger tensors are summed in two.
@@ -71,22 +76,25 @@ class Place(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Elements of the largest tensor that is summed in one shot, of the largest that is summed in two, and of the
-    largest that may be pushed, which is one of the first."""
+    """Elements of the largest tensor that is summed in one shot, of the largest that is summed in two, of the largest
+    that may be pushed, which is one of the first, and of a rank's part of the largest logits that are gathered."""
 
     one_shot: int
     two_shots: int
     pushed: int = 0
+    logits: int = 0
 
     def __post_init__(self) -> None:
         assert self.pushed <= self.one_shot, "what is pushed is summed in one shot"
 
     @classmethod
-    def of(cls, size: int, dtype: torch.dtype, *, push: bool) -> Limits:
-        """What is best for `size` ranks, whose layers `push` or do not."""
+    def of(cls, size: int, dtype: torch.dtype, *, push: bool, logits: int = 0) -> Limits:
+        """What is best for `size` ranks, whose layers `push` or do not; of a rank's part of the logits, there are
+        never more than `logits` elements."""
         in_one = MAX_PEER_BYTES // (size - 1)
         pushed = min(MAX_PUSHED_BYTES, in_one) if push else 0
-        return cls(*(most // dtype.itemsize for most in (in_one, MAX_TWO_SHOT_BYTES, pushed)))
+        gathered = min(MAX_LOGITS_BYTES, logits * dtype.itemsize)
+        return cls(*(most // dtype.itemsize for most in (in_one, MAX_TWO_SHOT_BYTES, pushed, gathered)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +121,11 @@ class _Way:
 class PeerSums:
     """This rank's part of the memory, and the sum over all parts, in one shot or in two.
 
+    `logits` gathers what other parts of the memory are for.
+
     To make one is a collective operation, with the same `limits` and `dtype` on every rank of `group`, none of which
     has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same order, of the
-    same shapes, and no two of the same place in a row.
+    same shapes, and no two of the same place in a row; and gathers the same logits among them.
 
     In how many shots a sum is made depends on shape and dtype alone: it is the same for all sums of a step. That
     matters, since in two shots a rank has only its own rows of the residual stream, and results lie in shared memory:
@@ -134,7 +144,7 @@ class PeerSums:
         # All parts are aligned to 256 bytes, as memory is that PyTorch allocates.
         small, large, inbox = (-(-numel // 128) * 128 for numel in (limits.one_shot, limits.two_shots, limits.pushed))
         rank, size = group.rank(), group.size()
-        parts = [small] * len(Place) + [large] * 2 + [inbox * size] * len(Place)
+        parts = [small] * len(Place) + [large] * 2 + [inbox * size] * len(Place) + [limits.logits]
         try:
             self._memory = symmetric_memory.empty((sum(parts),), dtype=dtype, device=device)
             self._flags = symmetric_memory.empty((size, MAX_PROGRAMS), dtype=torch.int32, device=device)
@@ -146,7 +156,7 @@ class PeerSums:
                 "set LIGHTQWEN_WITHOUT=symmetric_memory to leave them to NCCL"
             ) from error
         self._flags.zero_()
-        *places, summand, output, first, second, third = self._memory.split(parts)
+        *places, summand, output, first, second, third, logits = self._memory.split(parts)
         inboxes = [part.view(size, inbox) for part in (first, second, third)]
         for of_place in inboxes:
             of_place.view(_INTEGERS[dtype.itemsize]).fill_(EMPTY)
@@ -182,6 +192,7 @@ class PeerSums:
         self._one_shot = [one_shot(*memory) for memory in zip(places, inboxes, strict=True)]
         outputs = Outputs(output, addresses(output))
         self._two_shots = _Way(summand, Peers(rank, addresses(summand), all_flags, meetings, outputs))
+        self.logits = PeerLogits(logits, Parts(rank, addresses(logits), all_flags, meetings))
 
     def room(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
         """Where a summand [rows, width] may be written, the same memory at every call; None if it is too large."""
@@ -225,6 +236,7 @@ class PeerSums:
         way = self._way(x.shape, x.dtype, place)
         if way is None:
             return None
+        self.logits.pass_sum()
         if pushed:
             room = self.room(x.shape, x.dtype, place)
             assert room is not None and room.push is not None, "nothing says where to push this"  # noqa: PT018

@@ -261,7 +261,7 @@ def build_runner(
         ModelError: the checkpoint cannot be used.
         ConfigError: the memory does not hold one sequence.
     """
-    tp = _with_peer_sums(tp, config, runtime)
+    tp = _with_peer_sums(tp, config, runtime, checkpoint.vocab_size)
     model = load_model(
         config.model,
         checkpoint,
@@ -333,8 +333,10 @@ def _try_out(
         model.model.layers = layers
 
 
-def _with_peer_sums(tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig) -> TensorParallel:
-    """Let all-reduces go through memory that the GPUs share, if all ranks can."""
+def _with_peer_sums(
+    tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig, vocab_size: int
+) -> TensorParallel:
+    """Let all-reduces and logits go through memory that the GPUs share, if all ranks can."""
     if tp.group is None or not runtime.on_gpu or not wanted("symmetric_memory"):
         return tp
     if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
@@ -345,7 +347,8 @@ def _with_peer_sums(tp: TensorParallel, config: EngineConfig, runtime: RuntimeCo
         logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
         return tp
     push = bool(_agree(int(pushes(runtime.device, runtime.dtype)), tp, runtime.device))
-    limits = Limits.of(tp.size, runtime.dtype, push=push)
+    logits = runtime.max_running * -(-vocab_size // tp.size)  # padded, as the head's weight is
+    limits = Limits.of(tp.size, runtime.dtype, push=push, logits=logits)
     return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=runtime.dtype, device=runtime.device))
 
 

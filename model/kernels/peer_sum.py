@@ -39,8 +39,9 @@ were launched before on that rank have ended; and a sum ends after its meetings.
 
 A rank may be one meeting ahead of another, but not two, since the next one needs both. So flags are waited for to reach
 a number, or to have passed it. Sums of both kinds and of any number of rows may follow one another, as long as they do
-so in the same order on every rank: a program's number of meetings is then the same everywhere. What NCCL does in
-between touches none of this memory.
+so in the same order on every rank: a program's number of meetings is then the same everywhere. Logits are gathered with
+the same flags (`model.kernels.peer_logits`), which is a meeting like others. What NCCL does in between touches none of
+this memory.
 
 Programs need not all fit on a GPU at a time. They do have to start in the order of their numbers, as they do on every
 GPU so far: of those that have not ended on every rank, the ones of the lowest number then run on all ranks, or can
@@ -243,7 +244,7 @@ def _peer_sum_kernel(
     meeting = 0
     if not PUSHED:
         meeting = tl.atomic_add(meetings_ptr + program, 2 if TWO_SHOTS else 1, sem="relaxed") + 1
-        _raise_flags(others, is_other, meeting)
+        raise_flags(others, is_other, meeting)
     if NORM:  # on its way while others are waited for
         residual = tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
     summands = ()
@@ -255,7 +256,7 @@ def _peer_sum_kernel(
                 summand = _take(inboxes_ptr + rank * INBOX + places, mask)
             summands = summands + (summand,)
     else:
-        _wait_for_flags(own_flags, meeting, RANK, SIZE, MAX_PROGRAMS)
+        wait_for_flags(own_flags, meeting, RANK, SIZE, MAX_PROGRAMS)
         for rank in tl.static_range(SIZE):
             # Not out of the L1 cache, which does not see what others write.
             summands = summands + (tl.load(pointers[rank], mask=mask, other=0.0, cache_modifier=".cg"),)
@@ -271,8 +272,8 @@ def _peer_sum_kernel(
         for rank in tl.static_range(SIZE):
             tl.store(outputs[rank], out, mask=mask)
         tl.debug_barrier()  # all threads have read and written before one of them tells of it
-        _raise_flags(others, is_other, meeting + 1)
-        _wait_for_flags(own_flags, meeting + 1, RANK, SIZE, MAX_PROGRAMS)
+        raise_flags(others, is_other, meeting + 1)
+        wait_for_flags(own_flags, meeting + 1, RANK, SIZE, MAX_PROGRAMS)
     else:
         tl.store(out_ptr + places, out, mask=mask)
 
@@ -290,14 +291,14 @@ def _take(inbox, mask):
 
 
 @jit
-def _raise_flags(flags, mask, meeting):
+def raise_flags(flags, mask, meeting):
     """Tell all other ranks that this one has come to a meeting, and can be seen to have done all before it."""
     # All at once: one after the other, each would wait for the one before to arrive.
     tl.atomic_xchg(flags, meeting, mask=mask, sem="release", scope="sys")
 
 
 @jit
-def _wait_for_flags(flags, meeting, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
+def wait_for_flags(flags, meeting, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
     """Wait until all other ranks have come to a meeting, and see what they have done before it."""
     for rank in tl.static_range(SIZE):
         if rank != RANK:

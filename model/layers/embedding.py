@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from model.kernels.embedding import can_push, embed
 from model.kernels.linear import linear
 from model.kernels.packed import pack
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
@@ -46,13 +47,12 @@ class VocabParallelEmbedding(_VocabParallel):
         """[tokens] ids to [tokens, hidden], the same on every rank."""
         if self._tp.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self._first
-        elsewhere = (local < 0) | (local >= self._count)
-        hidden_states = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        room = self._tp.room_for_summand(hidden_states.shape, hidden_states.dtype, Place.EMBEDDING)
+        shape, dtype = torch.Size((len(token_ids), self.weight.shape[1])), self.weight.dtype
+        room = self._tp.room_for_summand(shape, dtype, Place.EMBEDDING)
         memory = None if room is None else room.memory
-        summand = torch.mul(hidden_states, ~elsewhere.unsqueeze(-1), out=memory)
-        return self._tp.all_reduce(summand, Place.EMBEDDING)
+        push = room.push if room is not None and can_push(self.weight) else None
+        summand = embed(token_ids, self.weight, self._first, self._count, out=memory, push=push)
+        return self._tp.all_reduce(summand, Place.EMBEDDING, pushed=push is not None)
 
 
 class ParallelLMHead(_VocabParallel):
@@ -60,20 +60,20 @@ class ParallelLMHead(_VocabParallel):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] to contiguous [rows, vocab_size], the same on every rank."""
-        logits = self._tp.all_gather_last(linear(hidden_states, self.weight))
-        return logits[:, : self._vocab_size].contiguous()
+        return self._tp.gather_columns(self._own_columns(hidden_states), self._vocab_size)
 
     def forward_share(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] to [ceil(rows / size), vocab_size]: the logits of this rank's share of the rows.
+        """[rows, hidden] to contiguous [ceil(rows / size), vocab_size]: the logits of this rank's share of the rows.
 
         They are the rows that `forward` gives, bit for bit. Where the rows do not divide, the last shares end in rows
         of zeros.
         """
-        logits = linear(hidden_states, self.weight)
-        missing = -logits.shape[0] % self._tp.size
-        if missing:
-            logits = F.pad(logits, (0, 0, 0, missing))
-        return self._tp.exchange_rows(logits)[:, : self._vocab_size].contiguous()
+        return self._tp.share_columns(self._own_columns(hidden_states), self._vocab_size)
+
+    def _own_columns(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to the logits of this rank's part of the vocabulary, with its padding."""
+        shape = torch.Size((len(hidden_states), self.weight.shape[0]))
+        return linear(hidden_states, self.weight, out=self._tp.room_for_columns(shape, hidden_states.dtype))
 
     def finish(self) -> None:
         """Where the weight is tied to the embedding and is packed, it is a second copy from now on."""

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from model import peer_logits as peer_logits_module
 from model import peer_sums as peer_sums_module
+from model.kernels import embedding as embedding_kernels
+from model.kernels.peer_logits import peer_logits
 from model.kernels.peer_sum import Peers, peer_sum, peer_sum_add_rms_norm
 from model.parallel import TensorParallel
 from model.peer_sums import Limits, PeerSums, Place
@@ -35,7 +38,8 @@ PROMPT, NEIGHBOUR = random_ids(23, vocab_size=9), random_ids(11, vocab_size=9, s
 
 
 FEW_TOKENS, MANY_TOKENS = 3, 9
-"""Steps of no more are summed in one shot, and in two: the decode step, and the smaller prefill."""
+"""Steps of no more are summed in one shot, and in two: the decode step, and the smaller prefill. Of the larger one, the
+group sums, and then gathers the logits, for which there would be memory."""
 
 
 def logits_of(folder: Path, tp: TensorParallel, *, packed: bool = True) -> torch.Tensor:
@@ -64,10 +68,12 @@ def logits_of(folder: Path, tp: TensorParallel, *, packed: bool = True) -> torch
 
 
 def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.Tensor:
-    """As `logits_of`, with small sums in one shot and larger ones in two; `shared`: a folder of the ranks' own."""
+    """As `logits_of`, with small sums in one shot and larger ones in two, of which the embedding is pushed where that
+    is for, and logits gathered as on GPUs; `shared`: a folder of the ranks' own."""
     assert tp.group is not None
     written = 0
-    limits = Limits(FEW_TOKENS * TINY["hidden_size"], MANY_TOKENS * TINY["hidden_size"])
+    few, many = (tokens * TINY["hidden_size"] for tokens in (FEW_TOKENS, MANY_TOKENS))
+    limits = Limits(few, many, pushed=few, logits=len(PROMPT + NEIGHBOUR) * TINY["vocab_size"])
     with shared_files(shared, tp.rank):
         sums_here = PeerSums(tp.group, limits, dtype=torch.float32, device=torch.device("cpu"))
     shapes = [torch.Size((tokens, TINY["hidden_size"])) for tokens in (FEW_TOKENS, MANY_TOKENS)]
@@ -97,14 +103,18 @@ def one_shot_logits_of(folder: Path, tp: TensorParallel, shared: Path) -> torch.
         patch.object(peer_sums_module, "peer_sum", wraps=peer_sum) as sums,
         patch.object(peer_sums_module, "peer_sum_add_rms_norm", side_effect=sum_add_rms_norm) as sums_with_norm,
         patch.object(sums_here, "_put", wraps=sums_here._put) as puts,
+        patch.object(peer_logits_module, "peer_logits", wraps=peer_logits) as gathers,
+        patch.object(embedding_kernels, "use_triton", lambda x: True),
     ):
         logits = logits_of(folder, replace(tp, peer_sums=sums_here), packed=False)
     places = [call.args[1] for call in puts.call_args_list]
     # Those of the larger prefill are too large, but sums as well. Another step would begin with the first place again.
     assert all(place is not other for place, other in pairwise([*places, places[0]])), places
     layers = TINY["num_hidden_layers"]
-    done = (sums.call_count, sums_with_norm.call_count, written)
-    assert done == (2, 4 * layers, 4 * layers), done
+    done = (sums.call_count, sums_with_norm.call_count, written, gathers.call_count)
+    assert done == (2, 4 * layers, 4 * layers, 2), done
+    pushed = [call.kwargs["pushed"] for call in puts.call_args_list if call.args[1] is Place.EMBEDDING]
+    assert pushed == [False, False, True], pushed
     return logits
 
 

@@ -141,3 +141,11 @@ def test_more_ranks_take_smaller_tensors_in_one_shot() -> None:
         read = limits.one_shot * 2 * (size - 1)
         assert peer_sums.MAX_PEER_BYTES - 2 * size < read <= peer_sums.MAX_PEER_BYTES
         assert limits.two_shots * 2 == peer_sums.MAX_TWO_SHOT_BYTES
+        assert limits.logits == 0
+
+
+def test_no_more_memory_for_logits_than_they_need_or_may_have() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        most = peer_sums.MAX_LOGITS_BYTES // dtype.itemsize
+        for needed in (12345, most, most + 1):
+            assert peer_sums.Limits.of(2, dtype, push=False, logits=needed).logits == min(needed, most)

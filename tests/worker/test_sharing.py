@@ -61,7 +61,7 @@ def test_no_memory_is_shared(nodes: int, on_gpu: bool, without: str, monkeypatch
     tp = TensorParallel(0, 2, Mock())
     agree = Mock()
     monkeypatch.setattr(runner, "_agree", agree)
-    assert runner._with_peer_sums(tp, Mock(nodes=nodes), Mock(on_gpu=on_gpu)) is tp
+    assert runner._with_peer_sums(tp, Mock(nodes=nodes), Mock(on_gpu=on_gpu), 101) is tp
     agree.assert_not_called()
 
 

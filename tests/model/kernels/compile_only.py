@@ -30,7 +30,9 @@ import worker.tables
 from model import sampler
 from model.attention.triton_backend import TritonAttention
 from model.config import Qwen3Config
+from model.kernels.embedding import embed_triton
 from model.kernels.linear import can_push, linear
+from model.kernels.peer_logits import Parts, peer_logits
 from model.kernels.peer_sum import Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
 from model.kernels.runtime import unwanted
 from model.kernels.small_linear import small_linear_triton
@@ -68,6 +70,7 @@ def main(folder: str, dtype: torch.dtype) -> None:
     config = Qwen3Config.from_folder(folder)
     run_steps(config, dtype)
     run_sums(config.hidden_size, dtype)
+    run_ends(config.vocab_size, config.hidden_size, dtype)
     run_pieces(dtype)
     for kernel in kernels.values():
         sys.stdout.write(json.dumps(describe(kernel)) + "\n")
@@ -155,14 +158,27 @@ def run_sums(width: int, dtype: torch.dtype) -> None:
         peer_sum(shape, dtype, peers)
         peer_sum_add_rms_norm(residual, weight, 1e-6, peers)
     push = Push(1, nowhere)
-    peer_sum_add_rms_norm(
-        residual, weight, 1e-6, replace(peers, outputs=None, pushed=Pushed(residual.view(2, -1), push))
-    )
+    of_pushed = replace(peers, outputs=None, pushed=Pushed(residual.view(2, -1), push))
+    peer_sum(shape, dtype, of_pushed)
+    peer_sum_add_rms_norm(residual, weight, 1e-6, of_pushed)
     square = torch.zeros((width, width), dtype=dtype)
     for rows in (1, 8, 16, 32):
         x = torch.zeros((rows, width), dtype=dtype)
         if can_push(x, square):
             linear(x, square, out=torch.empty_like(x), push=push)
+
+
+def run_ends(vocab_size: int, width: int, dtype: torch.dtype) -> None:
+    """What ranks of which each has a part of the vocabulary do for the embedding and for the logits."""
+    meetings = torch.zeros(SLOTS, dtype=torch.int32)
+    for size in (2, 8):
+        columns, nowhere = -(-vocab_size // size), torch.zeros(size, dtype=torch.int64)
+        table, ids = torch.zeros((columns, width), dtype=dtype), torch.zeros(3, dtype=torch.int32)
+        for push in (None, Push(1, nowhere)):
+            embed_triton(ids, table, columns, columns, push=push)
+        for share in (False, True):
+            parts = Parts(1, nowhere, nowhere, meetings)
+            peer_logits(3, columns, vocab_size, dtype, parts, share=share)
 
 
 def run_pieces(dtype: torch.dtype) -> None:

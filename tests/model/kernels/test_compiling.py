@@ -20,9 +20,11 @@ STACK_BYTES = 64  # for a register or two that one or the other version of the c
 ALWAYS = {
     "_admit_kernel",
     "_choose_kernel",
+    "_embed_kernel",
     "_enter_blocks_kernel",
     "_fetch_kernel",
     "_plan_kernel",
+    "_peer_logits_kernel",
     "_peer_sum_kernel",
     "_prepare_kernel",
     "_qk_norm_rope_store_kernel",
@@ -45,6 +47,7 @@ DEPENDENT = SMALL_LINEAR | {
     "_choose_kernel",
     "_decode_kernel",
     "decode_kernel",
+    "_peer_logits_kernel",
     "_peer_sum_kernel",
 }
 

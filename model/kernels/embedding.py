@@ -1,0 +1,119 @@
+"""The embedding's summand of a rank that has a part of the vocabulary: rows of its table, and zeros for other ids.
+
+With several ranks it is summed over them. Of few tokens it is pushed (`model.kernels.peer_sum`): written to the other
+ranks' memory too, which tells them by itself that it has come. The launch is no dependent one: what it reads was made
+by this step, and what it writes may be written once all before it has ended, so that there is nothing to do earlier.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, misc"
+# (Triton gives annotations a meaning of its own, so that pointers in kernels have comments instead, and knows no lists:
+# what a loop collects is a tuple that grows.)
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model.kernels.peer_sum import EMPTY, Push
+from model.kernels.runtime import constexpr, jit_once, tl, triton, use_triton
+
+_BLOCK = 1024
+_EMPTY = constexpr(EMPTY)
+
+
+def can_push(weight: torch.Tensor) -> bool:
+    """Tell whether `embed` can push rows of this table to other ranks."""
+    return use_triton(weight)
+
+
+def embed(
+    token_ids: torch.Tensor,
+    weight: torch.Tensor,
+    first: int,
+    count: int,
+    *,
+    out: torch.Tensor | None = None,
+    push: Push | None = None,
+) -> torch.Tensor:
+    """Return [tokens, d]: for ids from `first` on their rows of `weight`, which has `count` of them; for others zeros.
+
+    token_ids: [tokens] int32 or int64. weight: [at least count, d], contiguous. `out` is where the result goes; with
+    `push`, for which `can_push` must be true, it goes to the other ranks too. A NaN may come out as another one.
+    """
+    if use_triton(weight):
+        return embed_triton(token_ids, weight, first, count, out=out, push=push)
+    assert push is None, "only the kernel pushes"
+    return embed_torch(token_ids, weight, first, count, out=out)
+
+
+def embed_torch(
+    token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    local = token_ids - first
+    elsewhere = (local < 0) | (local >= count)
+    rows = F.embedding(local.masked_fill(elsewhere, 0), weight)
+    return torch.where(elsewhere.unsqueeze(1), rows.new_zeros(()), rows, out=out)
+
+
+def embed_triton(
+    token_ids: torch.Tensor,
+    weight: torch.Tensor,
+    first: int,
+    count: int,
+    *,
+    out: torch.Tensor | None = None,
+    push: Push | None = None,
+) -> torch.Tensor:
+    tokens, width = token_ids.shape[0], weight.shape[1]
+    out = weight.new_empty((tokens, width)) if out is None else out
+    assert all(tensor.is_contiguous() for tensor in (token_ids, weight, out)), "embed reads and writes contiguous rows"
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _embed_kernel[(tokens, triton.cdiv(width, block))](
+        token_ids,
+        weight,
+        out,
+        token_ids if push is None else push.inboxes,
+        first,
+        count,
+        RANK=0 if push is None else push.rank,
+        RANKS=0 if push is None else push.inboxes.shape[0],
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
+
+
+@jit_once("first", "count")
+def _embed_kernel(
+    ids_ptr,  # [tokens]
+    weight_ptr,  # [at least count, WIDTH]
+    out_ptr,  # [tokens, WIDTH]
+    inboxes_ptr,  # [RANKS] int64: of `peer_sum.Push`, read only where RANKS is not 0
+    first,
+    count,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    dtype = out_ptr.dtype.element_ty
+    local = tl.load(ids_ptr + token).to(tl.int64) - first
+    below = tl.where(local < count, WIDTH, 0)
+    there = columns < tl.where(local >= 0, below, 0)
+    row = tl.load(weight_ptr + local * WIDTH + columns, mask=there, other=0.0)
+    # A checkpoint might have the one NaN that must not be pushed: who waits for an element would not see it come.
+    INTEGER: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+    OTHER_NAN: tl.constexpr = 0x7FFF if dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
+    bits = row.to(INTEGER, bitcast=True)
+    row = tl.where(bits == _EMPTY, tl.full(bits.shape, OTHER_NAN, INTEGER), bits).to(dtype, bitcast=True)
+    places = token * WIDTH + columns
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:  # these first, since they have the longer way
+            # Of an address that is loaded the compiler must be told that it is aligned.
+            inbox = tl.multiple_of(tl.load(inboxes_ptr + rank).to(tl.pointer_type(dtype)), 16)
+            tl.store(inbox + places, row, mask=mask)
+    tl.store(out_ptr + places, row, mask=mask)
