@@ -38,11 +38,11 @@ _LISTED_GROUPS = 64  # listed groups whose scores are made at a time: most rows 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """How rows are cut: a program has `tiles` tiles in a row, of so many groups each."""
+    """How rows are cut: a program takes so many tiles one after the other, of so many groups each."""
 
-    groups: int
     tiles: int
-    warps: int
+    groups: int = 32
+    warps: int = 4
 
     @property
     def width(self) -> int:
@@ -51,11 +51,13 @@ class Parts:
 
 
 def parts_for(rows: int) -> Parts:
-    """With few rows, all programs run at once, and what counts is how long one takes. With many, it is what all of them
-    do beside reading logits: finding out how the row is sampled, and comparing notes at the end."""
-    if rows <= 16:
-        return Parts(groups=32, tiles=1, warps=4)
-    return Parts(groups=64, tiles=2 if rows <= 64 else 8, warps=4)
+    """With few rows all programs run at once, and what counts is how long one takes. With many, it is what all of them
+    do beside reading logits: learning how the row is sampled, and comparing their threads' best.
+
+    On an H200, 256 rows take 31 us greedy and 68 with noise with 8 tiles, 50 and 99 with 1, 31 and 74 with 16; 64 rows
+    12 and 21 with 8, 15 and 27 with 1; 8 rows 6.4 and 7.2, and 4.5 and 6.2.
+    """
+    return Parts(tiles=1 if rows <= 16 else 8)
 
 
 def sample_triton(

@@ -17,7 +17,7 @@ SLOTS = 16
 ROWS = 64 if ON_GPU else 12
 
 
-@pytest.fixture(params=[None, Parts(groups=4, tiles=3, warps=4)], ids=["as ever", "small tiles"])
+@pytest.fixture(params=[None, Parts(tiles=3, groups=4)], ids=["as ever", "small tiles"])
 def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with several tiles for each program, and several programs for each row."""
     if request.param is not None:
