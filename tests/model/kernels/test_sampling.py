@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from model.kernels import sampling
-from model.kernels.sampling import sample_triton
+from model.kernels.sampling import Parts, sample_triton
 from model.sampler import SamplingTables, sample_torch
 from tests.model.kernels.comparing import ON_GPU
 
 VOCAB = 151_936 if ON_GPU else 1_500
 SLOTS = 16
 ROWS = 64 if ON_GPU else 12
+
+
+@pytest.fixture(params=[None, Parts(tiles=3, groups=4)], ids=["as ever", "small tiles"])
+def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with several tiles for each program, and several programs for each row."""
+    if request.param is not None:
+        monkeypatch.setattr(sampling, "parts_for", lambda rows: request.param)
 
 
 def mixed_tables(device: torch.device) -> SamplingTables:
@@ -42,6 +49,7 @@ def make_logits(rows: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     return logits.to(device)
 
 
+@pytest.mark.usefixtures("_parts")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draws_the_reference_tokens(triton_device: torch.device, dtype: torch.dtype) -> None:
     """In bfloat16 many logits tie, at the k-th value too."""
@@ -94,6 +102,7 @@ def test_truncation_keeps_what_the_reference_keeps(
     assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
 
 
+@pytest.mark.usefixtures("_parts")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_unusable_logits_give_minus_one(triton_device: torch.device, bad: float) -> None:
     tables = mixed_tables(triton_device)
@@ -107,6 +116,7 @@ def test_unusable_logits_give_minus_one(triton_device: torch.device, bad: float)
     assert tokens[3] == sample_torch(logits, slots, lengths, tables)[3] >= 0
 
 
+@pytest.mark.usefixtures("_parts")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in Triton's interpreter
 def test_unusable_scores_give_minus_one(triton_device: torch.device) -> None:
     """Of a stop id that may not come, too; and where float32 does not hold what the temperature makes of a logit."""
@@ -127,6 +137,7 @@ def test_unusable_scores_give_minus_one(triton_device: torch.device) -> None:
     assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
 
 
+@pytest.mark.usefixtures("_parts")
 def test_rows_of_nothing_but_minus_infinity(triton_device: torch.device) -> None:
     tables = mixed_tables(triton_device)
     slots = torch.tensor([0, 1, 2, 4], device=triton_device)
@@ -135,6 +146,7 @@ def test_rows_of_nothing_but_minus_infinity(triton_device: torch.device) -> None
     assert sample_triton(logits, slots, lengths, tables).tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.usefixtures("_parts")
 def test_ties_go_to_the_lowest_id(triton_device: torch.device) -> None:
     tables = SamplingTables.allocate(1, VOCAB, 1, triton_device)
     logits = torch.zeros(2, VOCAB, device=triton_device)
