@@ -42,6 +42,26 @@ for name in {modules!r}:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_rank_starts_without_what_torch_imports_late(root: Path) -> None:
+    """Where PyTorch computes in Python, as with tensors on `meta`, it imports sympy, which takes half a second."""
+    code = """
+import sys
+import torch
+from model.config import Qwen3Config
+from model.parallel import TensorParallel
+from worker.config import EngineConfig
+from worker.runner import build_runner
+from worker.runtime import resolve
+late = {"sympy", "torch._dynamo", "torch._inductor"} - set(sys.modules)
+config = EngineConfig(model="model/demo", device="cpu", num_blocks=4, max_model_len=64)
+shape = Qwen3Config.from_folder(config.model)
+build_runner(config, shape, resolve(config, shape, 0), TensorParallel.single(), lambda what, done, total: None)
+assert not late & set(sys.modules), late & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_module_level_mutable_state(root: Path) -> None:
     """No `global`, and no empty container at module level, which could only be there to be filled later."""
     found = []
