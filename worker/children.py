@@ -20,10 +20,9 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 
-from worker.channel import private_endpoint
-from worker.client import EngineEndpoint
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, FromChild, Heartbeat, Progress, Serving, SupervisorEnd, Up
+from worker.endpoint import EngineEndpoint, private_endpoint
 from worker.parent import end_with
 from worker.vitals import Pulse
 
