@@ -31,9 +31,10 @@ from pathlib import Path
 from bench.provenance import json_file, provenance
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
-from worker.client import EngineClient, EngineEndpoint, EngineRequest
+from worker.client import EngineClient, EngineRequest
 from worker.config import ConfigError, EngineConfig
 from worker.control import ChildEnd, Drain, Progress, Stop, Up
+from worker.endpoint import EngineEndpoint
 from worker.messages import EngineInfo, SamplingParams
 from worker.supervisor import Facts, serve
 

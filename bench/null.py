@@ -40,9 +40,10 @@ from bench.workloads import Job, uniform
 from service.config import ServeConfig
 from service.ports import hold_port
 from service.server import run_gateway
-from worker.channel import GatewayChannel, private_endpoint
-from worker.client import EngineClient, EngineEndpoint, EngineRequest
+from worker.channel import GatewayChannel
+from worker.client import EngineClient, EngineRequest
 from worker.control import Stop, SupervisorEnd, Up
+from worker.endpoint import EngineEndpoint, private_endpoint
 from worker.leader import Leader
 from worker.messages import EngineInfo, SamplingParams
 from worker.plan import StepPlan

@@ -38,9 +38,10 @@ from bench.provenance import json_file, provenance, without
 from bench.shapes import SIZES, write_config
 from model.config import Qwen3Config
 from model.errors import ModelError
-from worker.channel import PlanReceiver, PlanSender, private_endpoint
+from worker.channel import PlanReceiver, PlanSender
 from worker.children import RankSpec
 from worker.config import ConfigError, EngineConfig
+from worker.endpoint import private_endpoint
 from worker.follower import Follower
 from worker.messages import EngineStats, SamplingParams, Submit, ids_to_bytes
 from worker.rank import join

@@ -32,6 +32,7 @@ from model.layers import (
     SiluAndMul,
     VocabParallelEmbedding,
 )
+from model.layers.shard import empty_parameter
 from model.parallel import TensorParallel
 from model.peer_sums import Place
 
@@ -255,7 +256,12 @@ class Qwen3ForCausalLM(nn.Module):
 
     def materialize(self, device: torch.device) -> None:
         """Give a model made on `meta` memory on `device`; its weights then hold no values yet."""
-        self.to_empty(device=device)
+        # Not `to_empty`: what it does with tensors on `meta` is Python, which imports sympy, half a second and more.
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, empty_parameter(*parameter.shape, dtype=parameter.dtype, device=device))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
         self._tie_weights()
         self.model.rotary_emb.reset()
 

@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING
 from service.terminal import CommandError, Terminal, ready_line
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from service.config import ServeConfig
+    from worker.endpoint import EngineEndpoint
+    from worker.vitals import Vitals
 
 INTERRUPTED = 128 + 2  # what a shell reports after Ctrl-C
 
@@ -46,11 +50,10 @@ def _run_server(config: ServeConfig) -> int:
 
     terminal = Terminal(sys.stderr)
     folder, name = find_checkpoint(config.model, config.revision, terminal.say)
-    # What can be told without them is told by now: these take a second to import.
+    # What can be told without them is told by now. Not more than this process needs: the ranks, which import PyTorch,
+    # are started when it has imported this.
     from service.logs import configure_logging
     from service.ports import host_port
-    from service.probes import probe_endpoint
-    from service.server import run_gateway
     from worker import supervisor
     from worker.config import EngineConfig
     from worker.vitals import Vitals
@@ -71,13 +74,13 @@ def _run_server(config: ServeConfig) -> int:
     set_up_logging()
     try:
         with (
-            probe_endpoint(served.health_host, served.health_port, vitals) as health_port,
+            _probe_port(served, vitals) as health_port,
             _shared_port(served) as port,
         ):
             served = served.model_copy(update={"port": port})
             return supervisor.serve(
                 engine,
-                [partial(run_gateway, served, number=number) for number in range(served.gateways)],
+                [partial(_run_gateway, served, number=number) for number in range(served.gateways)],
                 drain_timeout_s=served.withdrawal_s + served.drain_timeout_s,
                 on_progress=terminal.progress,
                 on_ready=on_ready,
@@ -86,6 +89,22 @@ def _run_server(config: ServeConfig) -> int:
             )
     finally:
         terminal.close()
+
+
+def _run_gateway(config: ServeConfig, endpoint: EngineEndpoint, control: Connection, *, number: int) -> None:
+    """Be a gateway process, in which alone what it needs is imported."""
+    from service.server import run_gateway
+
+    run_gateway(config, endpoint, control, number=number)
+
+
+def _probe_port(config: ServeConfig, vitals: Vitals) -> AbstractContextManager[int]:
+    """The port for probes, which are answered meanwhile; -1: there is none."""
+    if config.health_port < 0:
+        return nullcontext(config.health_port)
+    from service.probes import probe_endpoint
+
+    return probe_endpoint(config.health_host, config.health_port, vitals)
 
 
 def _shared_port(config: ServeConfig) -> AbstractContextManager[int]:

@@ -6,11 +6,12 @@ import errno
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
-
-import grpc
+from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.config import ConfigError
+
+if TYPE_CHECKING:
+    import grpc
 
 
 class Listener(Protocol):

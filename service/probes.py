@@ -55,14 +55,11 @@ class ProbeServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # un
 
 @contextmanager
 def probe_endpoint(host: str, port: int, vitals: Vitals) -> Iterator[int]:
-    """Answer probes meanwhile; gives the port. `port` -1: don't.
+    """Answer probes meanwhile; gives the port.
 
     Raises:
         ConfigError: the port is in use.
     """
-    if port < 0:
-        yield port
-        return
     pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="probes")
     server: Any = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=64)
     health_pb2_grpc.add_HealthServicer_to_server(ProbeServicer(vitals), server)

@@ -36,7 +36,7 @@ from service.streams import OpenCalls
 from service.tls import ServerCertificate
 from service.tokenizing import TextCodec
 from service.validation import Rules
-from worker.client import EngineClient, EngineEndpoint, EngineState, EngineUnavailableError
+from worker.client import EngineClient, EngineState, EngineUnavailableError
 from worker.config import ConfigError
 from worker.control import (
     Answer,
@@ -52,6 +52,7 @@ from worker.control import (
     Stop,
     Up,
 )
+from worker.endpoint import EngineEndpoint
 from worker.messages import EngineStats
 from worker.vitals import STALLED_S
 

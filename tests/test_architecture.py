@@ -30,13 +30,34 @@ def test_import_contracts(root: Path) -> None:
 def test_service_runs_without_torch(root: Path) -> None:
     """Import every module of the gateway and of what it sees of the worker; nothing heavy may come along."""
     modules = [f"service.{path.stem}" for path in sorted((root / "service").glob("*.py")) if path.stem != "__init__"]
-    modules += [f"worker.{name}" for name in ("messages", "config", "client", "control", "supervisor", "vitals")]
+    seen = ("messages", "config", "client", "control", "endpoint", "supervisor", "vitals")
+    modules += [f"worker.{name}" for name in seen]
     code = f"""
 import importlib, sys
 for name in {modules!r}:
     importlib.import_module(name)
     heavy = {{"torch", "triton", "transformers", "model"}} & set(sys.modules)
     assert not heavy, f"{{name}} brings {{heavy}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_starts_without_what_torch_imports_late(root: Path) -> None:
+    """Where PyTorch computes in Python, as with tensors on `meta`, it imports sympy, which takes half a second."""
+    code = """
+import sys
+import torch
+from model.config import Qwen3Config
+from model.parallel import TensorParallel
+from worker.config import EngineConfig
+from worker.runner import build_runner
+from worker.runtime import resolve
+late = {"sympy", "torch._dynamo", "torch._inductor"} - set(sys.modules)
+config = EngineConfig(model="model/demo", device="cpu", num_blocks=4, max_model_len=64)
+shape = Qwen3Config.from_folder(config.model)
+build_runner(config, shape, resolve(config, shape, 0), TensorParallel.single(), lambda what, done, total: None)
+assert not late & set(sys.modules), late & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr

@@ -141,6 +141,24 @@ sys.exit(main())
     assert_one_error_line(done, "pydantic", "lightqwen[server]")
 
 
+def test_what_starts_the_ranks_imports_little_before() -> None:
+    """They are what a start waits for: what the gateways need is imported by the gateways, beside them."""
+    code = """
+import sys
+from worker import supervisor
+def serve(engine, gateways, **_):
+    heavy = {"grpc", "jinja2", "numpy", "tokenizers", "torch", "zmq"} & set(sys.modules)
+    assert not heavy, heavy
+    return 0
+supervisor.serve = serve
+sys.argv = ["lightqwen", "serve"]
+from service.cli import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("processes", [2, 3])  # with the gateway, with the rank; besides what tracks their resources
 def test_ctrl_c_while_it_starts_ends_it_without_a_word(processes: int) -> None:
     """A terminal sends it to every process, also to those that are still importing what they need."""

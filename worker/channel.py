@@ -9,35 +9,17 @@ read only fills its own queue, and a peer that is gone is forgotten.
 from __future__ import annotations
 
 import hmac
-import secrets
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import zmq
 
-from worker.client import EngineEndpoint
+from worker.endpoint import EngineEndpoint
 from worker.messages import PROTOCOL_VERSION, Hello, ToGateway, ToLeader
 from worker.network import bind_tcp
 
 MAX_GREETING_BYTES, MAX_GREETINGS = 4096, 16
 """Nothing longer is taken from the network, and no more of them wait for each connection: followers only greet."""
-
-
-def private_endpoint(name: str) -> EngineEndpoint:
-    """A new address that only this machine can reach, with a secret.
-
-    On Linux the name lives in the abstract namespace of Unix sockets: no file, so nothing is left after any death.
-    Elsewhere it is a file in a fresh directory that only this user can read.
-    """
-    token = secrets.token_hex(16)
-    if sys.platform == "linux":
-        address = f"ipc://@lightqwen-{name}-{token}"
-    else:
-        address = f"ipc://{Path(tempfile.mkdtemp(prefix='lightqwen-')) / name}"
-    return EngineEndpoint(address, secrets.token_bytes(32))
 
 
 class _Router:

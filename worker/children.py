@@ -6,6 +6,7 @@ said that it cannot go on (`Fatal`). The ranks of a node come and go together, s
 
 from __future__ import annotations
 
+import gc
 import multiprocessing.connection
 import os
 import signal
@@ -20,10 +21,9 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 
-from worker.channel import private_endpoint
-from worker.client import EngineEndpoint
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, FromChild, Heartbeat, Progress, Serving, SupervisorEnd, Up
+from worker.endpoint import EngineEndpoint, private_endpoint
 from worker.parent import end_with
 from worker.vitals import Pulse
 
@@ -259,9 +259,17 @@ def _gateway_main(
 def _rank_main(parent: int, set_up_logging: SetUpLogging, connection: Connection, spec: RankSpec) -> None:
     _settle(parent)
     set_up_logging()
+    # What is imported stays: to look through it again and again meanwhile would take the collector a tenth of the time.
+    gc.disable()
     from worker.rank import run_rank
 
-    sys.exit(run_rank(spec, ChildEnd(connection)))
+    gc.freeze()
+    gc.enable()
+    try:
+        code = run_rank(spec, ChildEnd(connection))
+    finally:
+        gc.unfreeze()  # else libraries that find their objects alive when the interpreter ends would complain of leaks
+    sys.exit(code)
 
 
 def _settle(parent: int) -> None:

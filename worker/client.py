@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from worker.endpoint import EngineEndpoint
 from worker.messages import (
     Abort,
     CacheFlushed,
@@ -65,14 +66,6 @@ class EngineUnavailableError(Exception):
 
 class EngineFailedError(Exception):
     """A running request was lost with the engine: it died for good, or too often under this request."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineEndpoint:
-    """Where the leader listens, and the secret that it wants to hear first. The supervisor makes it up at random."""
-
-    address: str
-    secret: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from worker.client import EngineEndpoint
 from worker.config import ConfigError, EngineConfig
+from worker.endpoint import EngineEndpoint
 from worker.network import interface_of, is_loopback, listen, own_address, reach, tcp
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from worker.channel import private_endpoint
 from worker.children import (
     Child,
     Children,
@@ -39,6 +38,7 @@ from worker.children import (
 )
 from worker.config import ConfigError, EngineConfig
 from worker.control import Answer, Ask, Drain, EngineDead, EngineLost, Figures, FromChild, Stop, ToChild
+from worker.endpoint import private_endpoint
 from worker.vitals import Vitals
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from worker.client import EngineEndpoint
+from worker.endpoint import EngineEndpoint
 from worker.messages import (
     Abort,
     CacheFlushed,

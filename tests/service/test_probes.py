@@ -84,11 +84,6 @@ def test_a_port_in_use_is_one_readable_line(vitals: Vitals) -> None:
             pass
 
 
-def test_without_a_port_nothing_listens(vitals: Vitals) -> None:
-    with probe_endpoint("127.0.0.1", -1, vitals) as port:
-        assert port == -1
-
-
 # ---- with a whole server behind it -----------------------------------------------------------------------------------
 
 

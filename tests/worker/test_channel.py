@@ -12,8 +12,8 @@ import msgspec
 import pytest
 import zmq
 
-from worker.channel import MAX_GREETING_BYTES, GatewayChannel, PlanReceiver, PlanSender, private_endpoint
-from worker.client import EngineEndpoint
+from worker.channel import MAX_GREETING_BYTES, GatewayChannel, PlanReceiver, PlanSender
+from worker.endpoint import EngineEndpoint, private_endpoint
 from worker.messages import Abort, CacheFlushed, Goodbye, Hello, ToLeader
 
 encode = msgspec.msgpack.encode

@@ -13,10 +13,10 @@ import torch
 
 from bench.shapes import write_config
 from model.config import Qwen3Config
-from worker.channel import private_endpoint
 from worker.children import RankSpec
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, SupervisorEnd
+from worker.endpoint import private_endpoint
 from worker.rank import run_rank
 from worker.runtime import captured_tokens, max_mixed_tokens
 

@@ -13,8 +13,9 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from worker import rendezvous
-from worker.channel import PlanReceiver, PlanSender, private_endpoint
+from worker.channel import PlanReceiver, PlanSender
 from worker.config import ConfigError, EngineConfig
+from worker.endpoint import private_endpoint
 from worker.rendezvous import bind_address, connect_store, find_plans, host_store, publish_plans, warn_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several nodes are for Linux")
