@@ -23,6 +23,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, FromChild, Heartbeat, Progress, Serving, SupervisorEnd, Up
+from worker.driver import begin_context
 from worker.endpoint import EngineEndpoint, private_endpoint
 from worker.parent import end_with
 from worker.vitals import Pulse
@@ -259,6 +260,8 @@ def _gateway_main(
 def _rank_main(parent: int, set_up_logging: SetUpLogging, connection: Connection, spec: RankSpec) -> None:
     _settle(parent)
     set_up_logging()
+    if spec.config.device != "cpu":
+        begin_context(spec.rank - spec.config.local_ranks.start)
     # What is imported stays: to look through it again and again meanwhile would take the collector a tenth of the time.
     gc.disable()
     from worker.rank import run_rank
