@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -220,15 +221,24 @@ class Runner:
         return plans + [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
 
     @torch.inference_mode()
-    def capture(self, progress: Progress) -> None:
-        """Capture the steps, largest first so that the others fit into its memory."""
-        pool = torch.cuda.graph_pool_handle()
+    def run_shapes(self) -> None:
+        """Run a step of every shape that is to be captured, of nobody: that compiles kernels and sets libraries up."""
         nobody = self._dead_plan(0)
-        for done, shape in enumerate(sorted(self._shapes, key=lambda shape: -shape.bounds.num_tokens)):
-            progress("capturing CUDA graphs", done, len(self._shapes))
+        for shape in self._shapes:
             self._take_place(shape, nobody)
-            self._run(shape)  # compiles kernels and sets libraries up, which a capture must not
-            torch.cuda.synchronize()
+            self._run(shape)
+            torch.cuda.synchronize()  # so that the place is free again
+
+    @torch.inference_mode()
+    def capture(self, progress: Progress) -> None:
+        """Capture the steps, largest first so that the others fit into its memory.
+
+        What a capture must not do, such as to compile a kernel, is done if `run_shapes` has run on this model.
+        """
+        shapes = sorted(self._shapes, key=lambda shape: -shape.bounds.num_tokens)
+        pool = torch.cuda.graph_pool_handle()
+        for done, shape in enumerate(shapes):
+            progress("capturing CUDA graphs", done, len(shapes))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._run(shape)
@@ -309,6 +319,8 @@ def build_runner(
     if runtime.on_gpu:
         progress("warming up", 0, 0)
         runner.warm_up()
+        with _few_layers(model):  # all before the first capture, since each gives free memory back to the device
+            Runner(model, tables, kv_cache[:_TRIED_LAYERS], runtime, tp, share_sampling=share_sampling).run_shapes()
         runner.capture(progress)
     return runner
 
@@ -322,13 +334,20 @@ def _try_out(
     *,
     share_sampling: bool,
 ) -> None:
-    """Try all launches of a server, of few layers, since others have the same."""
+    """Try all launches of a server."""
+    few = cache_of_one[:_TRIED_LAYERS]
+    with _few_layers(model):
+        _largest_step(runtime, model, tables, few)
+        Runner(model, tables, few, runtime, tp, share_sampling=share_sampling).try_out()
+
+
+@contextmanager
+def _few_layers(model: Qwen3ForCausalLM) -> Iterator[None]:
+    """Let a model have few layers meanwhile, since others launch the same."""
     layers = model.model.layers
     model.model.layers = layers[:_TRIED_LAYERS]
     try:
-        few = cache_of_one[:_TRIED_LAYERS]
-        _largest_step(runtime, model, tables, few)
-        Runner(model, tables, few, runtime, tp, share_sampling=share_sampling).try_out()
+        yield
     finally:
         model.model.layers = layers
 
