@@ -183,6 +183,8 @@ def make_attention(
     plan = plan_attention(
         starts,
         kv_lens,
+        tables,
+        block_size=block_size,
         num_tokens=rows * queries,
         num_heads=heads,
         num_kv_heads=kv_heads,

@@ -59,6 +59,8 @@ def launch_of(shape: Shape, workload: Workload, splitting: Splitting) -> tuple[i
     plan = plan_attention(
         integers(list(range(workload.batch + 1))),
         integers([workload.context] * workload.batch),
+        torch.zeros((workload.batch, workload.context), dtype=torch.int32, device="cuda"),
+        block_size=64,
         num_tokens=workload.batch,
         num_heads=shape.num_attention_heads,
         num_kv_heads=shape.num_key_value_heads,

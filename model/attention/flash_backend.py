@@ -56,6 +56,7 @@ class FlashAttention:
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._scale = scale
+        self._block_size = block_size
         self._dtype = dtype
         self._prefill = _find_prefill(block_size, device)
 
@@ -67,6 +68,8 @@ class FlashAttention:
         return plan_attention(
             inputs.query_starts[: decodes + 1],
             inputs.kv_lens[:decodes],
+            inputs.block_tables,
+            block_size=self._block_size,
             num_tokens=decodes,
             num_heads=self._num_heads,
             num_kv_heads=self._num_kv_heads,

@@ -42,6 +42,7 @@ class TritonAttention:
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
+        self._block_size = block_size
         self._scale = scale
         self._dtype = dtype
 
@@ -50,6 +51,8 @@ class TritonAttention:
         return plan_attention(
             inputs.query_starts,
             inputs.kv_lens,
+            inputs.block_tables,
+            block_size=self._block_size,
             num_tokens=inputs.num_tokens,
             num_heads=self._num_heads,
             num_kv_heads=self._num_kv_heads,

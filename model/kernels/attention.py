@@ -49,7 +49,8 @@ class SplitList:
 
     records: torch.Tensor
     """[splits, 8] int32, 32 bytes that a program reads at once: row (-1: nothing to do), its token, first key of the
-    split, key behind its last one, the row's first split, number of splits and number of keys, and one unused."""
+    split, key behind its last one, the row's first split, number of splits and number of keys, and the KV block that
+    the first key lies in, which a program then need not look up before it asks for it."""
     firsts: torch.Tensor  # [rows + 1] int32: each row's first split, and behind the last the number of splits
 
 
@@ -100,6 +101,8 @@ def paged_attention(
     plan = plan_attention(
         query_starts,
         kv_lens,
+        block_tables,
+        block_size=key_cache.shape[1],
         num_tokens=q.shape[0],
         num_heads=q.shape[1],
         num_kv_heads=key_cache.shape[2],
@@ -154,7 +157,9 @@ def _causal_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
 def plan_attention(
     query_starts: torch.Tensor,
     kv_lens: torch.Tensor,
+    block_tables: torch.Tensor,
     *,
+    block_size: int,
     num_tokens: int,
     num_heads: int,
     num_kv_heads: int,
@@ -167,8 +172,8 @@ def plan_attention(
 
     Rows are split as `splitting` says, by default as `SPLITTING`.
 
-    The lists depend on the lengths alone, not on how many rows of no query stand behind them: a step gives the same
-    bits with and without a CUDA graph's padding.
+    How work is divided depends on the lengths alone, not on how many rows of no query stand behind them: a step gives
+    the same bits with and without a CUDA graph's padding.
     """
     splitting = splitting or SPLITTING
     rows, device = kv_lens.shape[0], kv_lens.device
@@ -193,6 +198,7 @@ def plan_attention(
     _plan_kernel[(2 if max_tiles else 1,)](
         query_starts,
         kv_lens,
+        block_tables,
         plan.splits.records,
         plan.splits.firsts,
         plan.tiles.rows,
@@ -207,7 +213,9 @@ def plan_attention(
         splitting.min_keys,
         splitting.max_whole,
         splitting.long_keys,
+        block_tables.stride(0),
         KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
         ROWS=max(256, triton.next_power_of_2(rows)),
         TILE=TILE,
         QUERIES=queries,
@@ -345,12 +353,13 @@ def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @jit_once(
-    *("query_starts_ptr", "kv_lens_ptr", "num_rows", "max_splits", "max_tiles"),
+    *("query_starts_ptr", "kv_lens_ptr", "tables_ptr", "num_rows", "max_splits", "max_tiles"),
     *("target", "max_target", "min_keys", "max_whole", "long_keys"),
 )
 def _plan_kernel(
     query_starts_ptr,  # [num_rows + 1] int32
     kv_lens_ptr,  # [num_rows] int32
+    tables_ptr,  # [num_rows, table_stride] int32
     records_ptr,  # [max_splits, 8] int32: `SplitList`
     split_firsts_ptr,  # [num_rows + 1] int32
     tile_rows_ptr,  # [max_tiles] int32
@@ -365,7 +374,9 @@ def _plan_kernel(
     min_keys,
     max_whole,
     long_keys,
+    table_stride,
     KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -407,6 +418,9 @@ def _plan_kernel(
             tl.store(record + 4, first_split, mask=listed)
             tl.store(record + 5, own_count, mask=listed)
             tl.store(record + 6, own_len, mask=listed)
+            table = tables_ptr + own_row.to(tl.int64) * table_stride
+            block = tl.load(table + first_key // BLOCK_SIZE, mask=there & (first_key < own_len), other=0)
+            tl.store(record + 7, block, mask=listed)
         for kv_head in range(KV_HEADS):
             tl.store(arrivals_ptr + row * KV_HEADS + kv_head, 0, mask=is_row)
         tl.store(tickets_ptr + tl.arange(0, 2), 0)

@@ -47,7 +47,7 @@ _PROGRAMS = 2  # that run on a multiprocessor at a time
 _PIECE = 16  # keys of a tile that are fetched at a time: of the last tile no more than these are fetched for nothing
 _FETCHED = constexpr(_PIECE)
 _QUEUED = 4  # units that the warps that attend have been told of, and have not begun
-_NUMBERS = constexpr(8)  # that tell of a unit: its own, and those of its split's record
+_NUMBERS = constexpr(8)  # that tell of a unit: its own (-1: there is none), and those of its split's record
 MERGED = 8
 """Splits whose results a merge loads at a time."""
 
@@ -152,14 +152,30 @@ def _fetch(tiles, cache_row, column, memory, ready, wanted, TILE: gl.constexpr):
 
 
 @gluon_jit
+def _load_record(records_ptr, split, there):
+    """Return what `SplitList` tells of a split."""
+    record = records_ptr + split * 8
+    row = gl.load(record, mask=there, other=0)
+    token = gl.load(record + 1, mask=there, other=0)
+    begin = gl.load(record + 2, mask=there, other=0)
+    end = gl.load(record + 3, mask=there, other=0)
+    first_split = gl.load(record + 4, mask=there, other=0)
+    num_splits = gl.load(record + 5, mask=there, other=0)
+    kv_len = gl.load(record + 6, mask=there, other=0)
+    block = gl.load(record + 7, mask=there, other=0)
+    return row, token, begin, end, first_split, num_splits, kv_len, block
+
+
+@gluon_jit
 def _stream(
     key_tiles,
     value_tiles,
     tables_ptr,
     records_ptr,
+    split_firsts_ptr,
     tickets_ptr,
     table_stride,
-    num_units,
+    num_rows,
     memories,  # keys, values: [STAGES, TILE, HEAD_DIM]; numbers of units: [QUEUED * _NUMBERS, 1] int32
     barriers,  # keys ready, values ready, keys free, values free: [STAGES, 1]; unit ready, unit free: [QUEUED, 1]
     KV_HEADS: gl.constexpr,
@@ -182,17 +198,12 @@ def _stream(
     slot = 0
     slot_phase = 1
     unit = gl.program_id(0)
+    # Asked for together, since the first tile waits for both; there is a record for each program, with or without work.
+    record = _load_record(records_ptr, unit // KV_HEADS, True)
+    num_units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
     while unit < num_units:
-        split = unit // KV_HEADS
+        row, token, begin, end, first_split, num_splits, kv_len, block = record
         column = unit % KV_HEADS * HEAD_DIM
-        record = records_ptr + split * 8
-        row = gl.load(record)
-        token = gl.load(record + 1)
-        begin = gl.load(record + 2)
-        end = gl.load(record + 3)
-        first_split = gl.load(record + 4)
-        num_splits = gl.load(record + 5)
-        kv_len = gl.load(record + 6)
         hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
         _tell(unit, slot, 0, units)
         _tell(row, slot, 1, units)
@@ -210,7 +221,6 @@ def _stream(
         if RAW:  # the cache does not hold the newest key
             end = gl.minimum(end, kv_len - 1)
         table_ptr = tables_ptr + row.to(gl.int64) * table_stride
-        block = gl.load(table_ptr + begin // BLOCK_SIZE, mask=begin < end, other=0)
         for start in range(begin, end, TILE):
             cache_row = block * BLOCK_SIZE + start % BLOCK_SIZE
             ahead = start + TILE
@@ -227,8 +237,9 @@ def _stream(
         if num_units > programs:
             wait(PDL)  # only then has the launch before put the tickets back
             unit = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+        record = _load_record(records_ptr, unit // KV_HEADS, unit < num_units)
     hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
-    _tell(unit, slot, 0, units)  # that there is none
+    _tell(-1, slot, 0, units)  # that there is none
     hopper.mbarrier.arrive(unit_ready.index(slot), count=1)
     if num_units > programs:
         wait(PDL)
@@ -279,7 +290,7 @@ def _attend(
     partial_ptrs,  # results and their log-sum-exp
     arrivals_ptr,
     out_ptr,
-    numbers,  # scale, eps, table_stride, num_units
+    numbers,  # scale, eps, table_stride
     own_q,  # [HEADS, HEAD_DIM]
     own_weights,  # [HEADS, TILE]
     memories,  # as in `_stream`
@@ -297,7 +308,7 @@ def _attend(
     PDL: gl.constexpr,
 ):
     """What the other warps do: attend with the queries of each unit."""
-    scale, eps, table_stride, num_units = numbers
+    scale, eps, table_stride = numbers
     q_weight_ptr, k_weight_ptr, cos_sin_ptr = weight_ptrs
     key_ptr, value_ptr = cache_ptrs
     partial_out_ptr, partial_lse_ptr = partial_ptrs
@@ -329,7 +340,7 @@ def _attend(
     slot_phase = 0
     hopper.mbarrier.wait(unit_ready.index(slot), slot_phase)
     unit = _hear(slot, 0, units)
-    while unit < num_units:
+    while unit >= 0:
         kv_head = unit % KV_HEADS
         split = unit // KV_HEADS
         row = _hear(slot, 1, units)
@@ -561,7 +572,6 @@ def decode_kernel(
     The next kernel may start when every program has its first queries: what it fetches would be in their way.
     """
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    num_units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], key_tiles.layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], value_tiles.layout)
     own_q = gl.allocate_shared_memory(dtype, [HEADS, HEAD_DIM], key_tiles.layout)
@@ -595,7 +605,7 @@ def decode_kernel(
                     (partial_out_ptr, partial_lse_ptr),
                     arrivals_ptr,
                     out_ptr,
-                    (scale, eps, table_stride, num_units),
+                    (scale, eps, table_stride),
                     own_q,
                     own_weights,
                     memories,
@@ -620,9 +630,10 @@ def decode_kernel(
                     value_tiles,
                     tables_ptr,
                     records_ptr,
+                    split_firsts_ptr,
                     tickets_ptr,
                     table_stride,
-                    num_units,
+                    num_rows,
                     memories,
                     barriers,
                     KV_HEADS,

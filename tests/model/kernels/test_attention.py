@@ -111,6 +111,8 @@ def plan_of(
     return plan_attention(
         batch.query_starts,
         batch.kv_lens,
+        batch.block_tables,
+        block_size=batch.key_cache.shape[1],
         num_tokens=num_tokens or len(batch.q),
         num_heads=batch.q.shape[1],
         num_kv_heads=batch.key_cache.shape[2],
@@ -265,6 +267,11 @@ def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
         [4, 19, 0, 192, 2, 2],
         [4, 19, 192, 300, 2, 2],
         [7, 55, 0, 64, 4, 1],
+    ]
+    tables, block_size = batch.block_tables.tolist(), batch.key_cache.shape[1]
+    assert [record[7] for record in plan.splits.records[:5].tolist()] == [
+        tables[row][first // block_size] if first < end else 0
+        for row, _, first, end, *_ in plan.splits.records[:5].tolist()
     ]
     assert len(plan.splits.records) == 12
     assert (plan.splits.records[5:, 0] == -1).all()
