@@ -26,6 +26,7 @@ from tests.model.helpers import (
 LAYERS, BLOCK = 1, 16
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(300),  # most of a minute on a core that nobody else wants
     pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; test_gpu.py has a GPU"),
 ]
 
