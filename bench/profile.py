@@ -52,12 +52,12 @@ from worker.scheduler import PlannedStep, Scheduler, SchedulerLimits
 GROUPS = (
     ("attention", r"decode_kernel|prefill_kernel|_plan_kernel|flash"),
     ("rope + kv write", r"_qk_norm_rope"),
+    ("embedding", r"_embed_"),
     ("norm", r"_rms_norm"),
     ("activation", r"_silu"),
     ("sampling", r"_score_kernel|_choose_kernel"),
     ("tables", r"_fetch_kernel|_prepare_kernel|_retire_kernel|_admit_kernel|_enter_blocks_kernel"),
     ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_fma_kernel|ring_kernel"),
-    ("embedding", r"_embed_kernel"),
     ("collectives", r"nccl|all_reduce|_peer_sum_kernel|_peer_logits_kernel"),
     ("copies", r"Memcpy|Memset"),
 )

@@ -184,9 +184,8 @@ class Qwen3Model(nn.Module):
 
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after the last norm: [tokens, hidden]."""
-        residual = self.embed_tokens(inputs.token_ids)
         norms: list[Any] = [*(layer.input_layernorm for layer in self.layers), self.norm]
-        normed = Normed(norms[0](residual))
+        normed, residual = self.embed_tokens(inputs.token_ids, norms[0])
         for layer, next_norm, layer_cache in zip(self.layers, norms[1:], kv_cache.unbind(0), strict=True):
             normed, residual = layer(normed, residual, next_norm, inputs, layer_cache)
         return normed.finish()

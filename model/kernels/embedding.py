@@ -1,8 +1,11 @@
-"""The embedding's summand of a rank that has a part of the vocabulary: rows of its table, and zeros for other ids.
+"""The embedding: with the norm behind it where a rank has the whole table, and a rank's summand where it has a part.
 
-With several ranks it is summed over them. Of few tokens it is pushed (`model.kernels.peer_sum`): written to the other
-ranks' memory too, which tells them by itself that it has come. The launch is no dependent one: what it reads was made
-by this step, and what it writes may be written once all before it has ended, so that there is nothing to do earlier.
+A summand has rows of the rank's part, and zeros for other ids, and is summed over all ranks. Of few tokens it is pushed
+(`model.kernels.peer_sum`): written to the other ranks' memory too, which tells them by itself that it has come.
+
+The launches are no dependent ones: what they read was made by this step, and what they write may be written once all
+before it has ended, so that there is nothing to do earlier. Behind them the step's lists can be read
+(`model.kernels.dependent`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, misc"
@@ -14,8 +17,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from model.kernels.dependent import begin_dependents, dependent_launch
+from model.kernels.norm import norm_row, rms_norm
 from model.kernels.peer_sum import EMPTY, Push
-from model.kernels.runtime import constexpr, jit_once, tl, triton, use_triton
+from model.kernels.runtime import constexpr, jit, jit_once, tl, triton, use_triton
 
 _BLOCK = 1024
 _EMPTY = constexpr(EMPTY)
@@ -44,6 +49,41 @@ def embed(
         return embed_triton(token_ids, weight, first, count, out=out, push=push)
     assert push is None, "only the kernel pushes"
     return embed_torch(token_ids, weight, first, count, out=out)
+
+
+def embed_rms_norm(
+    token_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (rms_norm(rows), rows), the rows being those of the table [ids, d] that token_ids name: [tokens, d].
+
+    token_ids: [tokens] int32 or int64, of the table's. weight: [d], the norm's.
+    """
+    if use_triton(table):
+        return embed_rms_norm_triton(token_ids, table, weight, eps)
+    rows = F.embedding(token_ids, table)
+    return rms_norm(rows, weight, eps), rows
+
+
+def embed_rms_norm_triton(
+    token_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, width = token_ids.shape[0], table.shape[1]
+    normed, rows = (table.new_empty((tokens, width)) for _ in range(2))
+    assert all(tensor.is_contiguous() for tensor in (token_ids, table)), "embed_rms_norm reads contiguous rows"
+    block = triton.next_power_of_2(width)
+    _embed_rms_norm_kernel[(tokens,)](
+        token_ids,
+        table,
+        weight,
+        normed,
+        rows,
+        eps,
+        WIDTH=width,
+        BLOCK=block,
+        PDL=bool(dependent_launch(table)),
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return normed, rows
 
 
 def embed_torch(
@@ -117,3 +157,27 @@ def _embed_kernel(
             inbox = tl.multiple_of(tl.load(inboxes_ptr + rank).to(tl.pointer_type(dtype)), 16)
             tl.store(inbox + places, row, mask=mask)
     tl.store(out_ptr + places, row, mask=mask)
+
+
+@jit
+def _embed_rms_norm_kernel(
+    ids_ptr,  # [tokens]
+    table_ptr,  # [ids, WIDTH]
+    weight_ptr,  # [WIDTH]
+    normed_ptr,  # [tokens, WIDTH]
+    rows_ptr,  # [tokens, WIDTH]
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin_dependents(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    row = tl.load(ids_ptr + token).to(tl.int64)
+    x = tl.load(table_ptr + row * WIDTH + columns, mask=mask, other=0.0)
+    tl.store(rows_ptr + token * WIDTH + columns, x, mask=mask)
+    normed = norm_row(x.to(tl.float32), weight, eps, WIDTH, rows_ptr.dtype.element_ty)
+    tl.store(normed_ptr + token * WIDTH + columns, normed, mask=mask)

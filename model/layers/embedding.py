@@ -6,11 +6,12 @@ A vocabulary that does not divide by the number of ranks is padded at its end; n
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from model.kernels.embedding import can_push, embed
+from model.kernels.embedding import can_push, embed, embed_rms_norm
 from model.kernels.linear import linear
+from model.kernels.norm import Normed
 from model.kernels.packed import pack
+from model.layers.norm import RMSNorm
 from model.layers.shard import Part, Shard, ShardedModule, empty_parameter
 from model.parallel import TensorParallel
 from model.peer_sums import Place
@@ -41,18 +42,20 @@ class _VocabParallel(ShardedModule):
 
 
 class VocabParallelEmbedding(_VocabParallel):
-    """Token ids to hidden states."""
+    """Token ids to hidden states, which begin the residual stream."""
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[tokens] ids to [tokens, hidden], the same on every rank."""
+    def forward(self, token_ids: torch.Tensor, norm: RMSNorm) -> tuple[Normed, torch.Tensor]:
+        """[tokens] ids to (norm(hidden states), hidden states), both [tokens, hidden], the same on every rank."""
         if self._tp.size == 1:
-            return F.embedding(token_ids, self.weight)
+            normed, rows = embed_rms_norm(token_ids, self.weight, norm.weight, norm.eps)
+            return Normed(normed), rows
         shape, dtype = torch.Size((len(token_ids), self.weight.shape[1])), self.weight.dtype
         room = self._tp.room_for_summand(shape, dtype, Place.EMBEDDING)
         memory = None if room is None else room.memory
         push = room.push if room is not None and can_push(self.weight) else None
         summand = embed(token_ids, self.weight, self._first, self._count, out=memory, push=push)
-        return self._tp.all_reduce(summand, Place.EMBEDDING, pushed=push is not None)
+        rows = self._tp.all_reduce(summand, Place.EMBEDDING, pushed=push is not None)
+        return Normed(norm(rows)), rows
 
 
 class ParallelLMHead(_VocabParallel):

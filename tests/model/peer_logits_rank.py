@@ -14,7 +14,7 @@ import torch.distributed as dist
 from model import peer_logits as peer_logits_module
 from model.kernels import embedding as embedding_kernels
 from model.kernels.peer_logits import peer_logits
-from model.layers import ParallelLMHead, VocabParallelEmbedding
+from model.layers import ParallelLMHead, RMSNorm, VocabParallelEmbedding
 from model.parallel import TensorParallel
 from model.peer_sums import Limits, PeerSums, Place
 from tests.model.peer_sums_rank import DTYPES, SIZE, be_late, join, on_gpu
@@ -51,6 +51,7 @@ class Ends:
         self.tp, self._dtype, self._vocab_size = tp, dtype, vocab_size
         self._share = (torch.arange(width) % tp.size == tp.rank).to(dtype)  # of the columns
         self._embedding = VocabParallelEmbedding(vocab_size, width, tp=tp, dtype=dtype, device=device)
+        self._norm = RMSNorm(width, 1e-6, dtype=dtype, device=device)
         self._head = ParallelLMHead(vocab_size, width, tp=tp, dtype=dtype, device=device)
         for layer, values in ((self._embedding, self._table), (self._head, self._weight)):
             layer.weight.fill_(torch.nan)
@@ -61,7 +62,7 @@ class Ends:
         """Logits of all rows, or of this rank's share. `late`: where it takes its time, one of LATE."""
         if late == "embedding":
             be_late()
-        hidden = self._embedding(ids)
+        _, hidden = self._embedding(ids, self._norm)
         for place in (Place.ATTENTION, Place.MLP):
             room = self.tp.room_for_summand(hidden.shape, hidden.dtype, place)
             summand = torch.mul(hidden, self._share, out=None if room is None else room.memory)

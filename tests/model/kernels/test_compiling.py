@@ -21,6 +21,7 @@ ALWAYS = {
     "_admit_kernel",
     "_choose_kernel",
     "_embed_kernel",
+    "_embed_rms_norm_kernel",
     "_enter_blocks_kernel",
     "_fetch_kernel",
     "_plan_kernel",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.kernels.embedding import can_push, embed, embed_torch, embed_triton
+from model.kernels.embedding import can_push, embed, embed_rms_norm_triton, embed_torch, embed_triton
+from model.kernels.norm import rms_norm_triton
 from model.kernels.peer_sum import EMPTY, Push
 from tests.model.kernels.comparing import ON_GPU, poisoned
 from tests.model.kernels.test_peer_sum import INTEGERS, addresses
@@ -35,6 +36,19 @@ def test_rows_of_the_table_and_zeros(triton_device: torch.device, dtype: torch.d
     for made, out in zip((embed_torch, embed_triton), memory, strict=True):
         assert made(ids, table, FIRST, COUNT, out=out).data_ptr() == out.data_ptr()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 200, 2560])
+def test_whole_tables_rows_are_normed_as_by_the_norms_own_kernel(
+    triton_device: torch.device, dtype: torch.dtype, width: int
+) -> None:
+    table, weight = (torch.randn(shape).to(triton_device, dtype) for shape in ((PADDED, width), (width,)))
+    ids = torch.tensor([5, 0, 3, 3, 1, 4, 2], dtype=torch.int32, device=triton_device)
+    for token_ids in (ids, ids.long()):
+        normed, rows = embed_rms_norm_triton(token_ids, table, weight, 1e-6)
+        assert torch.equal(rows, table[ids.long()])
+        assert torch.equal(normed, rms_norm_triton(rows, weight, 1e-6))
 
 
 @pytest.mark.parametrize("embedding", [embed_torch, embed_triton])
