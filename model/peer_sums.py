@@ -52,7 +52,8 @@ which twice as much is allocated.
 MAX_PUSHED_BYTES = 640 << 10
 """The largest summand of a rank that is pushed: 64 rows of 5,120 in 16 bits. A step of 8B on two H200s takes 2.51 ms
 instead of 2.61 with 8 rows, 2.64 instead of 2.70 with 16, 2.81 instead of 2.95 with 32, 3.17 instead of 3.31 with 64.
-More rows were not measured: layers of more than 64 do not push."""
+More rows were not measured: layers of more than 64 do not push. The embedding pushes what fits, also beside layers that
+do not."""
 
 MAX_PROGRAMS = 8192
 """Programs that have flags: of a narrow model, there are fewer than the memory has room for."""
@@ -152,8 +153,8 @@ class PeerSums:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ModelError(
-                f"{device} cannot share memory with other GPUs for all-reduces: {reason}; "
-                "set LIGHTQWEN_WITHOUT=symmetric_memory to leave them to NCCL"
+                f"{device} cannot share memory with other GPUs: {reason}; "
+                "set LIGHTQWEN_WITHOUT=symmetric_memory to leave sums and logits to NCCL"
             ) from error
         self._flags.zero_()
         *places, summand, output, first, second, third, logits = self._memory.split(parts)
@@ -171,7 +172,7 @@ class PeerSums:
             if views[rank].data_ptr() != tensor.data_ptr():
                 raise ModelError(
                     f"PyTorch {torch.__version__} puts shared memory where this version does not look for it; "
-                    "set LIGHTQWEN_WITHOUT=symmetric_memory to leave all-reduces to NCCL"
+                    "set LIGHTQWEN_WITHOUT=symmetric_memory to leave sums and logits to NCCL"
                 )
         memories, all_flags = (
             torch.tensor([view.data_ptr() for view in views], device=device) for views in self._views

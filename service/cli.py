@@ -50,8 +50,8 @@ def _run_server(config: ServeConfig) -> int:
 
     terminal = Terminal(sys.stderr)
     folder, name = find_checkpoint(config.model, config.revision, terminal.say)
-    # What can be told without them is told by now. Not more than this process needs: the ranks, which import PyTorch,
-    # are started when it has imported this.
+    # What is wrong with the options is told by now. Not more than this process needs is imported: the ranks, which
+    # import PyTorch, are started when that is done.
     from service.logs import configure_logging
     from service.ports import host_port
     from worker import supervisor

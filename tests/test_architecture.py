@@ -48,12 +48,12 @@ def test_a_rank_starts_without_what_torch_imports_late(root: Path) -> None:
     code = """
 import sys
 import torch
+late = {"sympy", "torch._dynamo", "torch._inductor"} - set(sys.modules)
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
 from worker.config import EngineConfig
 from worker.runner import build_runner
 from worker.runtime import resolve
-late = {"sympy", "torch._dynamo", "torch._inductor"} - set(sys.modules)
 config = EngineConfig(model="model/demo", device="cpu", num_blocks=4, max_model_len=64)
 shape = Qwen3Config.from_folder(config.model)
 build_runner(config, shape, resolve(config, shape, 0), TensorParallel.single(), lambda what, done, total: None)

@@ -10,7 +10,8 @@ def begin_context(device: int) -> None:
     """Have the driver set up, and its context on this device, without waiting for it.
 
     PyTorch uses the same context, and waits for the driver where it is not done. What fails here fails there too, and
-    is told there.
+    is told there. The context stays for as long as the process, also in one that goes on to compute on the CPU, since
+    its PyTorch knows no GPU.
     """
     threading.Thread(target=_begin, args=(device,), name="cuda", daemon=True).start()
 

@@ -33,7 +33,7 @@ class Handover:
     """Places for steps, and whose turn it is.
 
     Args:
-        num_places: steps in flight at most, and one more, since what was collected last may still be read.
+        num_places: more than steps in flight, since what was collected last may still be read.
         num_words: of the largest input of a step.
         num_rows: of the largest step.
         device: whose steps these are.

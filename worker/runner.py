@@ -54,7 +54,8 @@ _MIN_SHARED_ROWS = 32
 """From so many rows on, ranks share out the sampling.
 
 Reckoned from figures of an H100, not measured: a second collective takes NCCL some 12 us. What it saves two ranks is
-half of what sampling takes (8 us for 8 rows, 28 for 64) and half of gathering the logits (some 50 us for 64 rows).
+half of what sampling takes (8 us for 8 rows, 28 for 64) and half of gathering the logits (some 50 us for 64 rows by
+NCCL; through shared memory it is less, for which this has not been reckoned again).
 """
 
 
@@ -190,6 +191,8 @@ class Runner:
             self.launch(plan)
             self.collect()
         self._admit_nobody()
+        scratch = np.array([(self._tables.scratch_slot, 0, 0)], np.int32)
+        self._tables.set_blocks(upload(scratch, self._runtime.device))  # of more blocks than a step has room for
 
     @torch.inference_mode()
     def try_out(self) -> None:
@@ -197,9 +200,7 @@ class Runner:
         for plan in self._dead_plans():
             words = self._tables.fetch(self._handover, StepShape.of(plan, self._runtime.max_running))
             inputs, rows = self._tables.prepare(words.slots, words.query_lens, plan.bounds)
-            # PyTorch, which does launch, follows what nobody has written.
-            inputs.token_ids.zero_()
-            rows.last_tokens.zero_()
+            rows.last_tokens.zero_()  # PyTorch, which does launch, follows what nobody has written
             drawn = self._draw(self._run_model(inputs, rows, plan.bounds), rows.slots, rows.lengths)
             self._tables.retire_to(self._handover, rows, drawn)
         self._tables.set_blocks(torch.zeros((1, 3), dtype=torch.int32, device=self._runtime.device))
@@ -359,11 +360,12 @@ def _with_peer_sums(
     if tp.group is None or not runtime.on_gpu or not wanted("symmetric_memory"):
         return tp
     if config.nodes > 1:  # each has variables of its own, so no collective may depend on them
-        logger.info("rank=%d no one-shot all-reduces: several nodes take part", tp.rank)
+        logger.info("rank=%d no sums and logits through shared memory: several nodes take part", tp.rank)
         return tp
     reason = obstacle(tp.size, device=runtime.device)
     if not _agree(int(not reason), tp, runtime.device):
-        logger.info("rank=%d no one-shot all-reduces: %s", tp.rank, reason or "another rank cannot make them")
+        why = reason or "another rank has none"
+        logger.info("rank=%d no sums and logits through shared memory: %s", tp.rank, why)
         return tp
     push = bool(_agree(int(pushes(runtime.device, runtime.dtype)), tp, runtime.device))
     logits = runtime.max_running * -(-vocab_size // tp.size)  # padded, as the head's weight is

@@ -25,7 +25,7 @@ _ADMISSION_WORDS = ADMISSION.itemsize // 4
 
 
 class StepWords(NamedTuple):
-    """What a captured step reads: arrays on the host, or tensors on the device."""
+    """What a step on a GPU reads: arrays on the host, or tensors on the device."""
 
     slots: Any  # [rows] int32
     query_lens: Any  # [rows] int32

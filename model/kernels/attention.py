@@ -489,9 +489,9 @@ def _decode_kernel(
 ):
     """One program: the GROUP query heads of one KV head of one row, over one split of its keys.
 
-    With PDL, it reads its record and the block table before `wait`. Both were written by kernels at the step's
-    beginning that are no dependent launches and let none start early: the kernel behind them found them ended, and
-    every later kernel starts after that one. Nothing else was there then: queries and the newest keys come from the
+    With PDL, it reads its record and the block table before `wait`. Both were written at the step's beginning, before
+    the last of two ordinary launches, the plan and the embedding: each begins when all before it has ended, and only
+    what comes behind the second may start early. Nothing else was there then: queries and the newest keys come from the
     kernels just before, and the partial results, the counters and `out` may still be in use.
 
     With RAW, q and the newest key and value are what the projection gave. They are normed and rotated here; the last

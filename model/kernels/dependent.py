@@ -5,8 +5,10 @@ own. A kernel that is launched so keeps three rules, and kernels that are not ma
 
 - Before `wait` a program reads only what no kernel of the forward pass writes: weights, tables, the step's inputs, and
   places of the KV cache that earlier steps wrote.
-  Everything else is read, and anything at all is written, after it. (The pass begins with kernels without PDL,
-  attention's lists and the embedding, so that whatever was launched before them has ended by then, and the lists too.)
+  Everything else is read, and anything at all is written, after it. (The pass begins with two ordinary launches,
+  attention's lists and the embedding, and the first lets nothing start early: so whatever was launched before them has
+  ended for all that come behind, and the lists too. Kernels in front of them, those of the tables, read nothing
+  before it.)
 - Every program calls `wait`, also one without work. A kernel then ends after all kernels before it have ended, so that
   waiting for the last one is waiting for all.
 - `begin_dependents` promises nothing about memory, since whoever comes next waits for the end of this kernel and not

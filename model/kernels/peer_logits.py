@@ -79,7 +79,7 @@ def peer_logits(rows: int, width: int, columns: int, dtype: torch.dtype, parts: 
         COLUMNS=columns,
         BLOCK=block,
         PDL=bool(launch),
-        num_warps=min(max(block * dtype.itemsize // 512, 1), 8),  # a thread has 16 bytes of each rank
+        num_warps=min(max(block * dtype.itemsize // 512, 1), 8),  # a thread has 16 bytes of each rank, or 32
         **launch,
     )
     return out

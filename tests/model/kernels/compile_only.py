@@ -142,7 +142,6 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
         tables.set_blocks(torch.zeros((3, 3), dtype=torch.int32))
         tables.fetch(handover, StepShape(rows, bounds, max_updates=rows))
         inputs, of_rows = tables.prepare(slots, ones, bounds)
-        inputs.token_ids.zero_()  # the embedding is no kernel of ours, and looks them up
         logits = qwen3.compute_logits(qwen3(inputs, cache)[:rows])
         tables.retire_to(handover, of_rows, sampler.sample(logits, slots, ones, tables.sampling))
 
