@@ -40,6 +40,7 @@ from worker.supervisor import Facts, serve
 
 BATCHES = (1, 8, 64, 256)
 REPEATS = 3
+INTERRUPTED = 128 + 2  # what a shell reports after Ctrl-C
 
 
 async def run_jobs(client: EngineClient, jobs: list[Job]) -> float:
@@ -121,18 +122,26 @@ def drive(wanted: list[str], result_file: str, endpoint: EngineEndpoint, connect
         client.open()
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
+        measuring: asyncio.Task[None] | None = None
 
         def on_control() -> None:
             if not isinstance(control.receive(), Drain | Stop):
                 os._exit(3)  # the engine is lost: no figure is worth reporting
             ended.set()
+            if measuring is not None:
+                measuring.cancel()  # does nothing where all is measured
 
         loop.add_reader(control.fileno(), on_control)
         info: EngineInfo = await client.wait_ready()
         results["engine"] = {name: getattr(info, name) for name in info.__struct_fields__ if name != "model_path"}
         control.send(Up({"model": info.model_path, "blocks": info.num_blocks}))
-        await measure_all(client, wanted, report)
-        os.kill(os.getppid(), signal.SIGTERM)  # done: the supervisor ends everything
+        measuring = loop.create_task(measure_all(client, wanted, report))
+        if ended.is_set():  # already
+            measuring.cancel()
+        await asyncio.wait({measuring})
+        if not measuring.cancelled():
+            measuring.result()
+            os.kill(os.getppid(), signal.SIGTERM)  # done: the supervisor ends everything
         await ended.wait()
         client.close()
 
@@ -213,6 +222,10 @@ def main() -> int:
         print("never ready")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    missing = [name for name in arguments.only if name not in results]
+    if missing and code == 0:
+        print(f"bench.engine: interrupted before {' '.join(missing)}", file=sys.stderr)
+        return INTERRUPTED
     return code
 
 

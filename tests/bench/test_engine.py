@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,29 @@ def test_a_figure_of_a_checkpoint(root: Path, endless_checkpoint: Path, tmp_path
     assert len(result["ttft_1k_ms"]["values"]) == 3
     assert all(value > 0 for value in result["ttft_1k_ms"]["values"])
     assert 0 < result["ready_s"] <= sum(result["phases_s"].values())
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_it_at_once_and_leaves_what_was_measured(
+    root: Path, endless_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "out.json"
+    figures = ("ttft_1k_ms", "mixed256_tok_s")  # the second takes minutes here
+    command = [*BENCH, "--model", endless_checkpoint, "--only", *figures, "--json", file, "--set", "device=cpu"]
+    with subprocess.Popen(
+        list(map(str, command)), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("ttft_1k_ms")
+        began = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        _, told = run.communicate(timeout=40)
+    assert time.monotonic() - began < 4, "a gateway that does not end is killed after 5 s"
+    assert run.returncode == 128 + signal.SIGINT
+    assert told.splitlines()[-1] == "bench.engine: interrupted before mixed256_tok_s"
+    result = json.loads(file.read_text())
+    assert len(result["ttft_1k_ms"]["values"]) == 3
+    assert "mixed256_tok_s" not in result
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
