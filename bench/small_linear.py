@@ -6,9 +6,9 @@ layer behind a norm applies its scale, which the layer before has left to it; so
 norm's kernel before it. Among several ranks norms are part of the sum over these, and are not timed.) As in
 `bench.kernels`, launches over rotated weights that exceed the L2 cache are captured in a CUDA graph, and the median of
 its replays is divided by the launches. The best are timed again without dependent launch (PDL), and whole decoder
-layers in a row, where launches of different kinds follow each other. What comes out are entries of `MEASURED` in
-model/kernels/tilings.py. Kernels are compiled first, in as many processes as there are cores; a model takes a minute on
-sixteen.
+layers in a row, where launches of different kinds follow each other. What comes out are entries of the tables in
+model/kernels/tilings.py, each behind the name of its table. Kernels are compiled first, in as many processes as there
+are cores; a model takes a minute on sixteen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,11 +35,12 @@ import torch.nn.functional as F
 
 from bench.provenance import json_file, provenance
 from bench.shapes import share, split_share, write_config
+from model.kernels import cluster_linear
 from model.kernels.linear import linear_add_norm, norm_linear
 from model.kernels.norm import Normed, Scale
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
-from model.kernels.tilings import ROW_CLASSES, Work, default_tiling, tiling_for
+from model.kernels.tilings import ROW_CLASSES, Work, cluster_tiling, default_tiling, tiling_for
 
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
 ROTATED_BYTES = 160 << 20
@@ -69,7 +70,7 @@ class Layer:
 
     def parts(self, rows: int) -> int:
         """How many sums of squares a row has in front of this layer; any number, if the layer before leaves none."""
-        before = tiling_for(rows, *self.behind, gated=False) if self.behind else None
+        before = tiling_for(rows, *self.behind, gated=False, clusters=True) if self.behind else None
         return before.parts(self.k) if before else triton.cdiv(self.k, 64)
 
     @property
@@ -123,6 +124,9 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
     default = default_tiling(layer.work(rows))
     if default is not None:
         yield Variant(default)
+    if layer.adds and rows <= 64:
+        for tiling in _cluster_tilings(layer, rows):
+            yield Variant(tiling)
     if rows <= 2:
         for warps, blocks in ((1, (2, 4)), (2, (4, 8)), (4, (2, 4, 8, 16)), (8, (2, 4, 8)), (16, (2, 4))):
             for block_n in blocks:
@@ -132,6 +136,19 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
                         yield Variant(Tiling("fma", rows, block_n, 256 * warps, warps, stages=stages))
     for tiling in _ring_tilings(layer, rows):
         yield Variant(tiling)
+
+
+def _cluster_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
+    """Return those with as many tiles under way as one or two programs to each multiprocessor have room for."""
+    block_rows = max(8, rows)
+    for size, slices in product((2, 4), (1, 2, 3, 4)):
+        block_k = slices * cluster_linear.SLICE
+        steps = layer.k // (size * block_k)
+        if layer.n % cluster_linear.FEATURES or layer.k % (size * block_k) or steps < 2:
+            continue
+        room = cluster_linear.most_stages(block_rows, slices)
+        for stages in sorted({max(2, min(steps, of)) for of in (room, room // 2) if of >= 2}):
+            yield Tiling("cluster", rows, cluster_linear.FEATURES, block_k, 4, size, stages, block_rows)
 
 
 def _ring_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
@@ -334,7 +351,7 @@ class Result:
 
     @property
     def best(self) -> Variant:
-        return next(variant for variant in self.ranked if variant.pdl)
+        return self._best_of(self.times)
 
     def further(self) -> list[Variant]:
         """The best one without PDL."""
@@ -342,20 +359,34 @@ class Result:
 
     @property
     def by_default(self) -> float:
-        """What a layer takes that the table does not name."""
+        """What a layer takes that the table does not name, without clusters."""
         default = default_tiling(self.layer.work(self.rows))
         return self.separate if default is None else self.times[Variant(default)]
 
-    def entry(self) -> str | None:
-        """The line of the table, if it lacks one."""
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """The lines that the tables lack, each with the name of its table."""
+        in_clusters = {variant for variant in self.times if variant.tiling.form == "cluster"}
+        best = self._best_of(self.times.keys() - in_clusters)
+        wanted = best.tiling if self.times[best] < 0.98 * self.separate else None
+        default = default_tiling(self.layer.work(self.rows))
+        least = min(self.times[best], self.separate)
+        if self.by_default >= 1.03 * least and wanted != default:
+            yield "MEASURED", self._line(wanted, self.times[best] if wanted else self.separate, self.by_default)
+        if not in_clusters:
+            return
+        best, default = self._best_of(in_clusters), cluster_tiling(self.layer.work(self.rows))
+        wanted = best.tiling if self.times[best] < 0.98 * least else None
+        by_default = least if default is None else self.times[Variant(default)]
+        if by_default >= 1.03 * min(self.times[best], least) and wanted != default:
+            yield "CLUSTERED", self._line(wanted, self.times[best] if wanted else least, by_default)
+
+    def _best_of(self, variants: Collection[Variant]) -> Variant:
+        return min((variant for variant in variants if variant.pdl), key=self.times.__getitem__)
+
+    def _line(self, wanted: Tiling | None, us: float, by_default: float) -> str:
         layer, work = self.layer, self.layer.work(self.rows)
-        us = self.times[self.best]
-        wanted = self.best.tiling if us < 0.98 * self.separate else None
-        if self.by_default < 1.03 * min(us, self.separate) or wanted == default_tiling(work):
-            return None
         key = f"Work({work.rows}, {work.n}, {work.k}{', gated=True' if work.gated else ''})"
-        least = us if wanted else self.separate
-        comment = f"{layer.model} {layer.name}: {least:.1f}, else {self.by_default:.1f}"
+        comment = f"{layer.model} {layer.name}: {us:.1f}, else {by_default:.1f}"
         return f"{key}: {source(wanted) if wanted else None},  # {comment}"
 
     def report(self) -> dict[str, object]:
@@ -449,7 +480,11 @@ def main() -> int:
             result.times |= {variant: inputs.time_variant(result.rows, variant) for variant in result.further()}
         torch.cuda.empty_cache()
     # Layers of several models may have one size; where results differ, the later one stands.
-    entries = {result.layer.work(result.rows): line for result in results if (line := result.entry()) is not None}
+    entries = {
+        (table, result.layer.work(result.rows)): f"{table}: {line}"
+        for result in results
+        for table, line in result.entries()
+    }
     if arguments.json:
         report = provenance("bench.small_linear") | {"torch": torch.__version__, "table": list(entries.values())}
         report |= {"hardware": torch.cuda.get_device_name(), "results": [result.report() for result in results]}

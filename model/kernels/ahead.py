@@ -14,16 +14,77 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from model.kernels import cuda_source
+from model.kernels.cuda_source import Source
 from model.kernels.runtime import triton
 
 logger = logging.getLogger(__name__)
 
 _WORD = 4  # bytes of a number in a pipe
 
-_Wanted = dict[tuple[str, str], tuple[Any, str]]
-"""Kernels by their names and variants: the function, and what Triton's `preload` is to be told of the variant."""
+
+class _Wanted(Protocol):
+    """A kernel to be compiled."""
+
+    @property
+    def name(self) -> str: ...
+
+    def in_cache(self) -> bool:
+        """Tell whether it lies in the cache."""
+
+    def compile(self) -> object:
+        """Have it in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OfTriton:
+    """A kernel of Triton's: the function, and what `preload` is to be told of the variant."""
+
+    function: Any
+    specialization: str
+
+    @property
+    def name(self) -> str:
+        return str(self.function.__name__)
+
+    def in_cache(self) -> bool:
+        """Have it in this process, and tell whether it lay in the cache."""
+        hits: list[bool] = []
+
+        def listen(*, cache_hit: bool, **_: object) -> None:
+            hits.append(cache_hit)
+
+        knobs = triton.knobs.compilation
+        before, knobs.listener = knobs.listener, listen
+        try:
+            self.function.preload(self.specialization)
+        finally:
+            knobs.listener = before
+        return all(hits)
+
+    def compile(self) -> None:
+        kernel = self.function.preload(self.specialization)
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # which Triton 3.6 compiles, too
+
+
+@dataclass(frozen=True, slots=True)
+class _OfSource:
+    """A kernel in CUDA C++."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def in_cache(self) -> bool:
+        return self.source.in_cache()
+
+    def compile(self) -> None:
+        self.source.cubin()
 
 
 def compile_ahead(
@@ -47,7 +108,7 @@ def compile_ahead(
     if processes < 2:
         return
     started = time.monotonic()
-    if all(_was_cached(*kernel) for kernel in kernels):  # up to the first that was not
+    if all(kernel.in_cache() for kernel in kernels):  # up to the first that was not
         return
     first = int(begin * len(kernels))
     kernels = kernels[first:] + kernels[:first]  # those that are there are done at once
@@ -58,51 +119,35 @@ def compile_ahead(
 
 
 @contextmanager
-def _launches_tried() -> Iterator[_Wanted]:
+def _launches_tried() -> Iterator[dict[object, _Wanted]]:
     """Launch nothing, and collect the kernels that this process has not compiled yet."""
-    wanted: _Wanted = {}
+    wanted: dict[object, _Wanted] = {}  # by what tells them apart
     run = triton.JITFunction.run
 
     def collect(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        wanted[fn.name, key] = (fn.jit_function, compile["specialization_data"])
+        wanted[fn.name, key] = _OfTriton(fn.jit_function, compile["specialization_data"])
         return True
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **options)
 
+    def collect_source(source: Source) -> None:
+        wanted[source] = _OfSource(source)
+
     knobs = triton.knobs.runtime
     before, knobs.jit_cache_hook = knobs.jit_cache_hook, collect
+    cuda_source.instead_of_launching = collect_source
     triton.JITFunction.run = only_compile  # else those that it has compiled would run, on what the others did not write
     try:
         yield wanted
     finally:
         triton.JITFunction.run = run
+        cuda_source.instead_of_launching = None
         knobs.jit_cache_hook = before
 
 
-def _was_cached(function: Any, specialization: str) -> bool:
-    """Have a kernel in this process, and tell whether it lay in the cache."""
-    hits: list[bool] = []
-
-    def listen(*, cache_hit: bool, **_: object) -> None:
-        hits.append(cache_hit)
-
-    knobs = triton.knobs.compilation
-    before, knobs.listener = knobs.listener, listen
-    try:
-        function.preload(specialization)
-    finally:
-        knobs.listener = before
-    return all(hits)
-
-
-def _compile(function: Any, specialization: str) -> None:
-    kernel = function.preload(specialization)
-    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # which Triton 3.6 compiles, too
-
-
 def _compile_in_processes(
-    kernels: list[tuple[Any, str]], processes: int, settle: Callable[[], None], progress: Callable[[int, int], None]
+    kernels: list[_Wanted], processes: int, settle: Callable[[], None], progress: Callable[[int, int], None]
 ) -> int:
     """Return how many of the processes failed. Each takes the number of the next kernel from one pipe, and tells of it
     in another when it is done, which ends when all have."""
@@ -145,17 +190,17 @@ def _fork() -> int:
         return os.fork()
 
 
-def _take_and_compile(kernels: list[tuple[Any, str]], todo: int, done: int, device: int) -> int:
+def _take_and_compile(kernels: list[_Wanted], todo: int, done: int, device: int) -> int:
     """Compile as long as there is something to do; return 1 if anything failed, else 0."""
     # PyTorch would ask CUDA, which does not work in a forked process.
     triton.runtime.driver.active.get_current_device = lambda: device
     failed = 0
     while taken := os.read(todo, _WORD):
-        function, specialization = kernels[int.from_bytes(taken, "little")]
+        kernel = kernels[int.from_bytes(taken, "little")]
         try:
-            _compile(function, specialization)
+            kernel.compile()
         except Exception:  # whatever it is, it comes again where the kernel is launched, and is not lost there
-            logger.warning("cannot compile %s ahead", function.__name__, exc_info=True)
+            logger.warning("cannot compile %s ahead", kernel.name, exc_info=True)
             failed = 1
         os.write(done, taken)
     return failed

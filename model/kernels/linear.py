@@ -12,6 +12,7 @@ import torch
 
 from model.kernels import cublaslt, packed
 from model.kernels.activation import silu_and_mul
+from model.kernels.cuda_source import compiles
 from model.kernels.dependent import dependent_launch
 from model.kernels.norm import Normed, add_rms_norm, rms_norm
 from model.kernels.peer_sum import Push
@@ -77,7 +78,7 @@ def linear_add_norm(
 
     x, weight, bias: as for `linear`. residual: [rows, n], contiguous; the second result may take its memory. gain: [n].
     """
-    tiling = _tiling(x, weight)
+    tiling = _tiling(x, weight, clusters=bias is None)
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_add_norm_triton(x, weight, bias, residual, gain, eps, tiling=tiling, pdl=pdl)
@@ -103,13 +104,16 @@ def _separate(
     return packed.linear(x, weight, bias, out=out)
 
 
-def _tiling(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, push: bool = False) -> Tiling | None:
-    """How to compute a layer in one launch; None where that is not to be done."""
+def _tiling(
+    x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, push: bool = False, clusters: bool = False
+) -> Tiling | None:
+    """How to compute a layer in one launch, with `clusters` also by those; None where that is not to be done."""
     if not _wants_small_linear(x):
         return None
     n, k = weight.shape
     rows = max(x.shape[0], _RING_ROWS) if push else x.shape[0]
-    tiling = tiling_for(rows, n, k, gated=gated, push=push)
+    clusters = clusters and wanted("clusters") and fetches_tiles(x.device) and compiles(x.device)
+    tiling = tiling_for(rows, n, k, gated=gated, push=push, clusters=clusters)
     if tiling is not None and tiling.form == "ring" and not fetches_tiles(x.device):
         return None
     return tiling

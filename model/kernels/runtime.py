@@ -58,6 +58,7 @@ DISPENSABLE = (
     "tensor_descriptors",
     "fused_decode",
     "cublaslt",
+    "clusters",
 )
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
 

@@ -9,9 +9,10 @@ row the sum of the squares of its totals. Whoever multiplies total * gain next a
 products are computed, and multiplies them by 1 / rms (`model.kernels.norm.Scale`). Each partial sum has a place of its
 own, and they are added in a fixed order.
 
-There are two kernels. *fma* (1 or 2 rows) multiplies in registers: a program owns a few weight rows, and holds
+There are three kernels. *fma* (1 or 2 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *ring* (`model.kernels.ring_linear`) multiplies on the matrix units of a Hopper, up to
-any number of rows.
+any number of rows. *cluster* (`model.kernels.cluster_linear`) does too, where all that stands around the product is the
+residual addition and the norm, and the reduction is split.
 
 Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before
 (nor is it where cuBLAS adds): the total is, as it is stored, and its rounded elements are what is squared and what is
@@ -36,6 +37,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from model.kernels import cluster_linear
 from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
@@ -55,12 +57,13 @@ class Tiling:
     gates, half of them ups) and `block_k` of their columns; fma needs 256 columns for each of its `warps`, so that a
     thread has the same eight columns of all rows, and ring a `block_n` that is a power of two or the sum of two, each
     of which is then a piece of its own. `stages` tiles are under way at a time, in registers (fma) or in shared memory
-    (ring). `splits` programs share the reduction of the same features, the last of which to arrive adds up what all
-    have, in a fixed order (ring). A program of ring has `block_rows` of the rows, one of fma all; with 64 or more of
-    them they are the left operand, else the weight is, of which pieces must then be 64 or more.
+    (ring, cluster). `splits` programs share the reduction of the same features, and add up what all have in a fixed
+    order: the last of them to arrive (ring), or each a part of the features (cluster). A program of ring has
+    `block_rows` of the rows, one of the others all. With 64 or more of them in ring they are the left operand, else the
+    weight is, of which pieces must then be 64 or more, and in cluster are 64.
     """
 
-    form: Literal["fma", "ring"]
+    form: Literal["fma", "ring", "cluster"]
     rows: int
     block_n: int
     block_k: int
@@ -73,6 +76,10 @@ class Tiling:
         if self.form == "fma":
             assert self.block_k == 256 * self.warps, "a thread of fma has eight columns of a tile"
             assert self.rows <= 2, "fma has one or two rows"
+        elif self.form == "cluster":
+            assert self.block_n == cluster_linear.FEATURES, "a program of cluster has 64 weight rows"
+            assert self.block_k % cluster_linear.SLICE == 0, "a tile of cluster is made of slices"
+            assert self.rows <= self.block_rows, "a program of cluster has all rows"
         else:
             narrow = self.pieces[1]
             assert narrow & (narrow - 1) == 0, f"{self.block_n} is no sum of two powers of two"
@@ -87,6 +94,8 @@ class Tiling:
 
     def parts(self, n: int) -> int:
         """How many sums of squares a launch that adds leaves of each of its rows of n features."""
+        if self.form == "cluster":
+            return n // cluster_linear.squared(self.block_rows, self.splits)
         return triton.cdiv(n, self.block_n) * (2 if self.pieces[1] else 1)
 
 
@@ -182,10 +191,16 @@ def _launch(
 ) -> None:
     """Launch a kernel; `added` is the residual and the gain to read, the totals and the sums of squares to write."""
     rows, (n, k) = x.shape[0], weight.shape
+    assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
+    if tiling.form == "cluster":
+        assert added is not None, "cluster adds"
+        assert (scale, bias, push) == (None,) * 3, "cluster does nothing else"
+        if rows:
+            _launch_cluster(x, weight, *added, out, tiling=tiling, pdl=pdl)
+        return
     nothing = x  # a pointer that nothing is read through stands for what is not given
     squares = nothing if scale is None else scale.squares
     stream = (nothing,) * 4 if added is None else added
-    assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
     assert all(t.is_contiguous() for t in (x, weight, squares, *stream, out)), "tensors must be contiguous"
     assert k % 8 == 0, f"rows of {k} elements are not aligned"
     parts = 0 if scale is None else squares.shape[1]
@@ -236,6 +251,21 @@ def _launch(
             RANK=0 if push is None else push.rank,
             **options,
         )
+
+
+def _launch_cluster(x: torch.Tensor, weight: torch.Tensor, *stream: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
+    """Launch `cluster_linear`; `stream` is what it has beside x and the weight, in its order."""
+    assert all(t.is_contiguous() for t in (x, weight, *stream)), "tensors must be contiguous"
+    cluster_linear.cluster_linear(
+        x,
+        weight,
+        *stream,
+        block_rows=tiling.block_rows,
+        cluster=tiling.splits,
+        slices=tiling.block_k // cluster_linear.SLICE,
+        stages=tiling.stages,
+        pdl=pdl,
+    )
 
 
 def _split_memory(units: int, splits: int, elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from model.kernels import cluster_linear
 from model.kernels.small_linear import Tiling
 
 ROW_CLASSES = (1, 2, 8, 16, 32, 64, 128, 256)
@@ -96,9 +97,15 @@ PUSHED: Mapping[Work, Tiling] = MappingProxyType(
 """Where separate kernels are a little faster, but cannot push what they make to other ranks, which saves some 4 us."""
 
 
-def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False) -> Tiling | None:
+CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType({})
+"""Where layers that add to the residual stream, and do nothing else, have clusters cut otherwise than `cluster_tiling`
+says; None where something else is faster."""
+
+
+def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, clusters: bool = False) -> Tiling | None:
     """Return how to launch a linear layer for so many rows, whose result is pushed to other ranks or not.
 
+    `clusters` says that cluster can compute it: the GPU has them, and nothing stands in front of what is added.
     None where separate kernels are to be used: they are faster, the rows too many, or k is not divisible by 8.
     """
     row_class = next((most for most in ROW_CLASSES if rows <= most), None)
@@ -107,6 +114,10 @@ def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False) ->
     work = Work(row_class, n, k, gated)
     if push and work in PUSHED:
         return PUSHED[work]
+    if clusters:
+        tiling = CLUSTERED[work] if work in CLUSTERED else cluster_tiling(work)
+        if tiling is not None:
+            return tiling
     return MEASURED[work] if work in MEASURED else default_tiling(work)
 
 
@@ -117,6 +128,24 @@ def default_tiling(work: Work) -> Tiling | None:
     if work.rows <= 32:
         return _narrow_tiling(work)
     return _wide_tiling(work) if work.rows == 64 and min(work.n, work.k) <= 4096 else None
+
+
+def cluster_tiling(work: Work) -> Tiling | None:
+    """Split the reduction, so that nearly all multiprocessors have a program; None where that needs no splitting.
+
+    Clusters of four reach no more than 120 of a Hopper's 132 multiprocessors at a time, those of two reach all.
+    """
+    if not 2 < work.rows <= 64 or work.n % cluster_linear.FEATURES or work.gated:
+        return None
+    clusters = work.n // cluster_linear.FEATURES
+    size = 4 if 4 * clusters <= 120 else 2
+    slices = 2
+    if size * clusters > 132 or work.k % (size * slices * cluster_linear.SLICE):
+        return None
+    rows = max(8, work.rows)
+    block_k = slices * cluster_linear.SLICE
+    stages = min(cluster_linear.most_stages(rows, slices), work.k // (size * block_k))
+    return Tiling("cluster", work.rows, cluster_linear.FEATURES, block_k, 4, size, stages, rows) if stages > 1 else None
 
 
 def _fma_tiling(work: Work) -> Tiling:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench.shapes import SIZES
+from model.kernels import cluster_linear
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling
-from model.kernels.tilings import Work, default_tiling, tiling_for
+from model.kernels.tilings import Work, cluster_tiling, default_tiling, tiling_for
 from tests.model.kernels.test_compiling import SHARED_BYTES
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -21,6 +22,8 @@ from bench.small_linear import ROW_CLASSES, Layer, Result, Variant, layers_of, v
 LAYER = Layer("0.6B", "gate_up", 6144, 1024, behind=(1024, 2048), gated=True)
 WORK = Work(8, 6144, 1024, gated=True)
 FAST = Variant(Tiling("ring", 8, 128, 64, 4, 2, 4, 8))
+ADDING, ADDING_WORK = Layer("0.6B", "down", 1024, 3072, adds=True), Work(8, 1024, 3072)
+OTHER_CLUSTER = Variant(Tiling("cluster", 8, 64, 192, 4, 4, 4, 8))
 BY_DEFAULT = default_tiling(WORK)
 assert BY_DEFAULT is not None
 
@@ -46,12 +49,37 @@ def value(node: ast.expr) -> object:
 )
 def test_entries_are_what_the_table_lacks(us: float, us_by_default: float, expected: dict[Work, Tiling | None]) -> None:
     times = {FAST: us, Variant(BY_DEFAULT): us_by_default}
-    entry = Result(LAYER, 8, cublas=8.0, separate=10.0, times=times).entry()
-    [statement] = ast.parse("{" + (entry or "") + "\n}").body
+    entries = dict(Result(LAYER, 8, cublas=8.0, separate=10.0, times=times).entries())
+    assert entries.keys() <= {"MEASURED"}
+    assert table_of(entries.get("MEASURED", "")) == expected
+
+
+@pytest.mark.parametrize(
+    ("us", "expected"),
+    [
+        ({"ring": 5.0, "default": 4.0, "other": 3.8}, {ADDING_WORK: OTHER_CLUSTER.tiling}),
+        ({"ring": 5.0, "default": 4.0, "other": 3.9}, {}),
+        ({"ring": 3.8, "default": 4.0, "other": 4.0}, {ADDING_WORK: None}),
+        ({"ring": 3.9, "default": 4.0, "other": 4.0}, {}),
+    ],
+)
+def test_entries_of_clusters(us: dict[str, float], expected: dict[Work, Tiling | None]) -> None:
+    ring, default = default_tiling(ADDING_WORK), cluster_tiling(ADDING_WORK)
+    assert ring is not None
+    assert default is not None
+    times = {Variant(ring): us["ring"], Variant(default): us["default"], OTHER_CLUSTER: us["other"]}
+    entries = dict(Result(ADDING, 8, cublas=8.0, separate=10.0, times=times).entries())
+    assert entries.keys() <= {"CLUSTERED"}
+    assert table_of(entries.get("CLUSTERED", "")) == expected
+
+
+def table_of(line: str) -> dict[object, object]:
+    """What Python makes of a table with a line, or none."""
+    [statement] = ast.parse("{" + line + "\n}").body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Dict)
     keys = [value(key) for key in statement.value.keys if key is not None]
-    assert dict(zip(keys, map(value, statement.value.values), strict=True)) == expected
+    return dict(zip(keys, map(value, statement.value.values), strict=True))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -59,12 +87,15 @@ def test_entries_are_what_the_table_lacks(us: float, us_by_default: float, expec
 def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
     """In shared memory, whether the model uses it or the sweep tries it; and squares in the registers of a thread."""
     for layer, rows in product(layers_of(f"{size}/{ranks}", tmp_path), ROW_CLASSES):
-        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated)
+        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, clusters=layer.adds)
         pushed = None if layer.gated else tiling_for(rows, layer.n, layer.k, gated=False, push=True)
         for tiling in [used, pushed, *(variant.tiling for variant in variants_for(layer, rows))]:
             if tiling is not None and tiling.form == "ring":
                 tile_bytes = 2 * (tiling.block_rows + tiling.block_n) * tiling.block_k
                 assert tiling.stages * (tile_bytes + 16) <= SHARED_BYTES, tiling
+            if tiling is not None and tiling.form == "cluster":
+                slices = tiling.block_k // cluster_linear.SLICE
+                assert 2 <= tiling.stages <= cluster_linear.most_stages(tiling.block_rows, slices), tiling
         if used is not None and used.form == "ring" and layer.scaled:
             squares = used.block_rows * triton.next_power_of_2(layer.parts(rows))
             assert squares // (32 * used.warps) <= 64, (layer, used)

@@ -40,6 +40,7 @@ def main(folder: str) -> None:
 
     triton.knobs.compilation.listener = listen
     steps()
+    compiled += [name for name, kernel in kernels.items() if not getattr(kernel, "was_cached", True)]
     report = {"launched": launched, "kernels": len(kernels), "compiled": compiled, "told": told, "settled": settled}
     sys.stdout.write(json.dumps(report) + "\n")
 

@@ -24,10 +24,13 @@ class Kernel:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._file = folder / name
-        self.__name__ = name
+        self.name = name
+
+    def in_cache(self) -> bool:
+        return self._file.exists()
 
     def compile(self) -> None:
-        if self.__name__ == "broken":
+        if self.name == "broken":
             raise RuntimeError("it does not compile")
         time.sleep(0.01)
         self._file.write_text(str(os.getpid()))
@@ -39,13 +42,11 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
 
     @contextmanager
     def tried() -> Iterator[dict[Any, Any]]:
-        yield {kernel.__name__: (kernel, "") for kernel in made}
+        yield {kernel.name: kernel for kernel in made}
 
     driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
     monkeypatch.setattr(ahead, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
     monkeypatch.setattr(ahead, "_launches_tried", tried)
-    monkeypatch.setattr(ahead, "_was_cached", lambda kernel, _: False)
-    monkeypatch.setattr(ahead, "_compile", lambda kernel, _: kernel.compile())
     return made
 
 
@@ -96,11 +97,11 @@ def test_others_begin_elsewhere(
 ) -> None:
     order = tmp_path / "order"
 
-    def note(kernel: Kernel, _: str) -> None:
+    def note(kernel: Kernel) -> None:
         with order.open("a") as file:
-            file.write(f"{kernel.__name__} ")
+            file.write(f"{kernel.name} ")
 
-    monkeypatch.setattr(ahead, "_compile", note)
+    monkeypatch.setattr(Kernel, "compile", note)
     compile_ahead(processes=2, begin=begin)
     numbers = [int(number) for number in order.read_text().split()]
     first = int(begin * KERNELS)
@@ -155,13 +156,13 @@ def test_a_process_that_is_killed_loses_its_kernel_only(kernels: list[Kernel], t
 def test_nothing_is_forked_where_all_is_there(kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
     there: list[str] = []
 
-    def was_cached(kernel: Kernel, _: str) -> bool:
-        there.append(kernel.__name__)
+    def in_cache(kernel: Kernel) -> bool:
+        there.append(kernel.name)
         return True
 
-    monkeypatch.setattr(ahead, "_was_cached", was_cached)
+    monkeypatch.setattr(Kernel, "in_cache", in_cache)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
     assert compile_ahead() == []
     assert len(there) == KERNELS
-    monkeypatch.setattr(ahead, "_was_cached", lambda kernel, _: False)
+    monkeypatch.setattr(Kernel, "in_cache", lambda kernel: False)
     assert compile_ahead(processes=1) == []

@@ -14,6 +14,7 @@ import pytest
 from bench.shapes import write_config
 
 pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings.nvrtc", reason="compiles CUDA C++")
 
 SHARED_BYTES = 227 << 10  # that a program of a Hopper can have
 STACK_BYTES = 64  # for a register or two that one or the other version of the compiler cannot place
@@ -34,7 +35,7 @@ ALWAYS = {
     "_score_kernel",
     "_silu_and_mul_kernel",
 }
-SMALL_LINEAR = {"_fma_kernel", "ring_kernel"}
+SMALL_LINEAR = {"_fma_kernel", "ring_kernel", "cluster_linear"}
 ATTENTION = {"prefill_kernel", "decode_kernel"}  # in Gluon
 ATTENTION_ELSEWHERE = {"_prefill_kernel", "_decode_kernel"}
 DEPENDENT = SMALL_LINEAR | {

@@ -55,6 +55,20 @@ CLOSE = {torch.float32: 4e-6, torch.bfloat16: 2**-7 if ON_GPU else 8e-2}
 """Sums of another order: the largest element of a few may be rounded to its neighbour, and with a gate two more."""
 
 
+CLUSTER = Tiling("cluster", rows=8, block_n=64, block_k=64, warps=4, splits=2, stages=2, block_rows=8)
+CLUSTERS = [
+    CLUSTER,
+    replace(CLUSTER, splits=4),
+    replace(CLUSTER, rows=16, block_k=128, splits=4, stages=3, block_rows=16),
+    replace(CLUSTER, rows=2, block_k=192, stages=4),
+    replace(CLUSTER, rows=24, block_k=256, stages=2, block_rows=24),
+    replace(CLUSTER, rows=32, splits=4, stages=18, block_rows=32),
+    replace(CLUSTER, rows=64, block_k=128, splits=4, stages=6, block_rows=64),
+    replace(CLUSTER, rows=64, stages=5, block_rows=64),
+]
+"""In CUDA C++, for Hopper, which do one thing only."""
+
+
 class Layer(NamedTuple):
     """What a launch computes beside the product."""
 
@@ -269,10 +283,50 @@ def test_too_many_rows_for_a_tiling(triton_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="cluster needs a Hopper")
+@pytest.mark.parametrize("shape", [(64, 1536), (128, 768), (1024, 3072), (4096, 12288)])
+@pytest.mark.parametrize("tiling", CLUSTERS, ids=str)
+def test_cluster(triton_device: torch.device, tiling: Tiling, shape: tuple[int, int]) -> None:
+    """Of as many rows as there may be, and one less, beside memory that is not to be read or written."""
+    n, k = shape
+    dtype = torch.bfloat16
+    for rows in {tiling.rows, max(1, tiling.rows - 1), 1}:
+        x, residual = (poisoned(rows + 1, width, dtype=dtype, device=triton_device)[:rows] for width in (k, n))
+        inputs = tensors(rows, n, k, dtype, triton_device)
+        x.copy_(inputs.x)
+        residual.copy_(draw(rows, n, dtype=dtype, device=triton_device))
+        gain = draw(n, dtype=dtype, device=triton_device)
+        before = [tensor.clone() for tensor in (x, inputs.weight, residual, gain)]
+        normed, total = small_linear_add_norm_triton(x, inputs.weight, None, residual, gain, EPS, tiling=tiling)
+        assert normed.scale is not None
+        assert relative_error(total, residual.double() + exact(inputs)) < TOLERANCE[dtype]
+        assert relative_error(normed.x, total.double() * gain.double()) < TOLERANCE[dtype]
+        parts = total.double().square().unflatten(1, (-1, n // tiling.parts(n))).sum(2)
+        assert parts.shape[1] == tiling.parts(n)
+        assert relative_error(normed.scale.squares, parts) < 1e-6, "each has a place of its own"
+        assert relative_error(normed.finish(), exact_norm(total, gain)) < 2 * TOLERANCE[dtype]
+        assert all(map(torch.equal, (x, inputs.weight, residual, gain), before)), "inputs are not written"
+        again, _ = small_linear_add_norm_triton(x, inputs.weight, None, residual, gain, EPS, tiling=tiling, pdl=True)
+        assert torch.equal(again.x, normed.x), "the same launch gives the same bits"
+        row = rows // 2
+        of_row = (x[row : row + 1], inputs.weight, None, residual[row : row + 1], gain, EPS)
+        alone, _ = small_linear_add_norm_triton(*of_row, tiling=tiling)
+        assert torch.equal(alone.x[0], normed.x[row]), "a row does not depend on others"
+
+
+def test_clusters_where_nothing_is_in_front_of_the_sum() -> None:
+    assert tiling_for(8, 1024, 3072, gated=False, clusters=True).form == "cluster"
+    assert tiling_for(8, 1024, 3072, gated=False).form == "ring"
+    assert tiling_for(8, 1024, 3080, gated=False, clusters=True).form == "ring", "k is not cut in tiles"
+    assert tiling_for(8, 1032, 3072, gated=False, clusters=True).form == "ring", "nor is n"
+    assert tiling_for(128, 1024, 3072, gated=False, clusters=True).form == "ring"
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper")
 @pytest.mark.parametrize(
     "tiling",
-    [replace(FMA, rows=2), replace(RING, splits=4), replace(RING, rows=64, block_n=32, block_rows=64)],
+    [replace(FMA, rows=2), replace(RING, splits=4), replace(RING, rows=64, block_n=32, block_rows=64), *CLUSTERS[1:3]],
     ids=str,
 )
 def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Tiling) -> None:
@@ -281,11 +335,12 @@ def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Ti
     weights = [(torch.randn(size, size) / size**0.5).to(triton_device, torch.bfloat16) for _ in range(length)]
     gain = torch.ones(size, dtype=torch.bfloat16, device=triton_device)
     options: dict[str, Any] = {"tiling": tiling}
+    into_options = options if tiling.form != "cluster" else {"tiling": replace(RING, rows=tiling.rows)}
 
     def chain(x: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         normed, residual = Normed(x), x
         for into, back in zip(weights[::2], weights[1::2], strict=True):
-            x = small_linear_triton(normed.x, into, scale=normed.scale, pdl=pdl, **options)
+            x = small_linear_triton(normed.x, into, scale=normed.scale, pdl=pdl, **into_options)
             normed, residual = small_linear_add_norm_triton(x, back, None, residual, gain, EPS, pdl=pdl, **options)
         return normed.finish() + residual
 
