@@ -97,7 +97,19 @@ PUSHED: Mapping[Work, Tiling] = MappingProxyType(
 """Where separate kernels are a little faster, but cannot push what they make to other ranks, which saves some 4 us."""
 
 
-CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType({})
+CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
+    {
+        Work(32, 1024, 3072): Tiling("cluster", 32, 64, 192, 4, 4, 4, 32),  # 0.6B down: 3.0, else 3.2
+        Work(8, 2048, 2048): Tiling("cluster", 8, 64, 64, 4, 4, 8, 8),  # 1.7B o: 3.0, else 3.7
+        Work(16, 2048, 2048): Tiling("cluster", 16, 64, 64, 4, 2, 16, 16),  # 1.7B o: 3.3, else 3.8
+        Work(32, 2048, 2048): Tiling("cluster", 32, 64, 64, 4, 2, 16, 32),  # 1.7B o: 3.7, else 4.2
+        Work(16, 2560, 4096): Tiling("cluster", 16, 64, 128, 4, 4, 5, 16),  # 4B o: 6.6, else 6.8
+        Work(64, 2560, 4096): Tiling("cluster", 64, 64, 64, 4, 2, 13, 64),  # 4B o: 8.1, else 8.5
+        Work(2, 2560, 9728): Tiling("cluster", 2, 64, 128, 4, 4, 6, 8),  # 4B down: 14.6, else 15.4
+        Work(8, 2560, 9728): Tiling("cluster", 8, 64, 128, 4, 4, 6, 8),  # 4B down: 14.7, else 15.4
+        Work(64, 4096, 4096): None,  # 8B o: 10.4, else 11.1
+    }
+)
 """Where layers that add to the residual stream, and do nothing else, have clusters cut otherwise than `cluster_tiling`
 says; None where something else is faster."""
 
@@ -135,7 +147,7 @@ def cluster_tiling(work: Work) -> Tiling | None:
 
     Clusters of four reach no more than 120 of a Hopper's 132 multiprocessors at a time, those of two reach all.
     """
-    if not 2 < work.rows <= 64 or work.n % cluster_linear.FEATURES or work.gated:
+    if not 2 <= work.rows <= 64 or work.n % cluster_linear.FEATURES or work.gated:
         return None
     clusters = work.n // cluster_linear.FEATURES
     size = 4 if 4 * clusters <= 120 else 2

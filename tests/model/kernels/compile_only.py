@@ -77,8 +77,10 @@ class LaunchOfSource:
         self._source, self._launched = source, launched
 
     def launch(self, *_: object, shared_bytes: int, pdl: bool, **__: object) -> None:
-        self.metadata = SimpleNamespace(name=self._source.name, launch_pdl=pdl, shared=shared_bytes)
-        self._launched[repr((self._source, shared_bytes, pdl))] = self
+        before = self._launched.get(repr(self._source))
+        most = max(shared_bytes, before.metadata.shared if before else 0)
+        self.metadata = SimpleNamespace(name=self._source.name, launch_pdl=pdl, shared=most)
+        self._launched[repr(self._source)] = self
 
 
 def main(folder: str, dtype: torch.dtype) -> None:

@@ -284,7 +284,7 @@ def test_too_many_rows_for_a_tiling(triton_device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="cluster needs a Hopper")
-@pytest.mark.parametrize("shape", [(64, 1536), (128, 768), (1024, 3072), (4096, 12288)])
+@pytest.mark.parametrize("shape", [(64, 1536), (128, 3072), (1024, 3072), (4096, 12288)])
 @pytest.mark.parametrize("tiling", CLUSTERS, ids=str)
 def test_cluster(triton_device: torch.device, tiling: Tiling, shape: tuple[int, int]) -> None:
     """Of as many rows as there may be, and one less, beside memory that is not to be read or written."""
@@ -314,12 +314,22 @@ def test_cluster(triton_device: torch.device, tiling: Tiling, shape: tuple[int, 
         assert torch.equal(alone.x[0], normed.x[row]), "a row does not depend on others"
 
 
-def test_clusters_where_nothing_is_in_front_of_the_sum() -> None:
-    assert tiling_for(8, 1024, 3072, gated=False, clusters=True).form == "cluster"
-    assert tiling_for(8, 1024, 3072, gated=False).form == "ring"
-    assert tiling_for(8, 1024, 3080, gated=False, clusters=True).form == "ring", "k is not cut in tiles"
-    assert tiling_for(8, 1032, 3072, gated=False, clusters=True).form == "ring", "nor is n"
-    assert tiling_for(128, 1024, 3072, gated=False, clusters=True).form == "ring"
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "clusters", "form"),
+    [
+        (8, 1024, 3072, True, "cluster"),
+        (8, 1024, 3072, False, "ring"),
+        (8, 1024, 3080, True, "ring"),  # of which no number of whole tiles is made
+        (8, 1032, 3072, True, "ring"),
+        (8, 16384, 4096, True, "ring"),  # has a program for each multiprocessor without being split
+        (128, 1024, 3072, True, "ring"),
+        (1, 1024, 3072, True, "fma"),
+    ],
+)
+def test_where_there_are_clusters(rows: int, n: int, k: int, clusters: bool, form: str) -> None:
+    tiling = tiling_for(rows, n, k, gated=False, clusters=clusters)
+    assert tiling is not None
+    assert tiling.form == form
 
 
 @pytest.mark.gpu
