@@ -79,6 +79,11 @@ class Layer:
         return self.behind is not None
 
     @property
+    def alone(self) -> bool:
+        """Whether nothing stands in front of what it adds or puts out, so that it may be computed in clusters."""
+        return not self.scaled and not self.gated
+
+    @property
     def num_bytes(self) -> int:
         return 2 * self.n * self.k
 
@@ -124,7 +129,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
     default = default_tiling(layer.work(rows))
     if default is not None:
         yield Variant(default)
-    if layer.adds and rows <= 64:
+    if layer.alone and rows <= 64:
         for tiling in _cluster_tilings(layer, rows):
             yield Variant(tiling)
     if rows <= 2:
@@ -144,7 +149,8 @@ def _cluster_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
     for size, slices in product((2, 4), (1, 2, 3, 4)):
         block_k = slices * cluster_linear.SLICE
         steps = layer.k // (size * block_k)
-        if layer.n % cluster_linear.FEATURES or layer.k % (size * block_k) or steps < 2:
+        cut = layer.n % cluster_linear.FEATURES == 0 == layer.k % (size * block_k)
+        if not cut or steps < 2 or layer.n // cluster_linear.FEATURES * size > 264:
             continue
         room = cluster_linear.most_stages(block_rows, slices)
         for stages in sorted({max(2, min(steps, of)) for of in (room, room // 2) if of >= 2}):

@@ -1,15 +1,17 @@
-// total = residual + x . weight^T, scaled = total * gain and sums of total's squares, for few rows: see cluster_linear.py.
+// out = x . weight^T for few rows, also to other ranks; or total = residual + x . weight^T, out = total * gain and sums
+// of total's squares: see cluster_linear.py.
 //
-// x [rows, k], weight [n, k], residual, total, scaled [rows, n], gain [n]: bfloat16. squares [rows, n / SQUARED]: float32.
+// x [rows, k], weight [n, k], residual, total, out [rows, n], gain [n]: bfloat16. squares [rows, n / SQUARED]: float32.
 //
 // A cluster of CLUSTER programs has 64 features of up to ROWS rows, each over its part of the reduction. Matrix units
 // have the weight as their left operand (they take 64 rows of it), and x as the right one. Each program then sends its
 // sums of 64 / CLUSTER features to the program of the cluster that owns those, into its shared memory, where they are
 // added in a fixed order. Who owns features applies what stands around the product.
 //
-// Defined before this text: ROWS, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; and what the instruction that
-// multiplies needs as text: its SHAPE, and as many names as a thread has sums: SUM_NAMES ("%0, %1, .."), SUMS
-// ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the two operands behind them, LEFT and RIGHT.
+// Defined before this text: ROWS, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; ADDS, whether there is a residual;
+// RANKS, 0 if out goes nowhere else; and what the instruction that multiplies needs as text: its SHAPE, and as many names
+// as a thread has sums: SUM_NAMES ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the two operands
+// behind them, LEFT and RIGHT.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -86,9 +88,11 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 __device__ __forceinline__ float low(u32 both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float high(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
 
+// With ADDS inboxes is not read, and else residual, gain, total and squares are not.
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     cluster_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* residual,
-                   const u16* gain, u16* total, float* squares, u16* scaled, int rows, int n, int k, int stages) {
+                   const u16* gain, u16* total, float* squares, u16* out, u16* const* inboxes, int rank, int rows, int n, int k,
+                   int stages) {
   extern __shared__ char memory[];
   __shared__ u64 ready_barriers[MAX_STAGES], free_barriers[MAX_STAGES], arrived_barrier;
   __shared__ float4 inbox[CLUSTER][UNITS][32];
@@ -117,6 +121,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     }
     __syncwarp();
   }
+  u16* to_rank[RANKS + 1];
+#pragma unroll
+  for (int i = 0; i < RANKS; i++) to_rank[i] = inboxes[i];
   // Others may send to this program from here on; it asks whether it may send to them when it has something to send.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   __syncthreads();
@@ -149,10 +156,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     const int feature = features * FEATURES + (own * OWNED + unit / CHUNKS) * PART + lane / 4 * 2;
     const int row = unit % CHUNKS * 8 + lane % 4 * 2;
     const bool mine = unit < UNITS;
-    gains[turn] = mine ? *(const u32*)(gain + feature) : 0;
+    gains[turn] = ADDS && mine ? *(const u32*)(gain + feature) : 0;
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      added[turn][i] = mine && row + i < rows ? *(const u32*)(residual + (u64)(row + i) * n + feature) : 0;
+      added[turn][i] = ADDS && mine && row + i < rows ? *(const u32*)(residual + (u64)(row + i) * n + feature) : 0;
   }
 
   float sum[ROWS / 2];
@@ -211,18 +218,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     for (int i = 0; i < 2; i++) {
       const int row = unit % CHUNKS * 8 + lane % 4 * 2 + i;
       const u64 place = (u64)row * n + feature;
-      const u32 rounded = pack((i ? all.y : all.x) + low(added[turn][i]), (i ? all.w : all.z) + high(added[turn][i]));
-      const float a = low(rounded), b = high(rounded);
-      float square = a * a + b * b;
-      if (WHOLE && before >= 0) square += squared[before][i];
-      squared[turn][i] = square;
-      if (complete)
+      u32 result = pack((i ? all.y : all.x) + low(added[turn][i]), (i ? all.w : all.z) + high(added[turn][i]));
+      if (ADDS) {
+        if (row < rows) *(u32*)(total + place) = result;
+        const float a = low(result), b = high(result);
+        float square = a * a + b * b;
+        if (WHOLE && before >= 0) square += squared[before][i];
+        squared[turn][i] = square;
+        if (complete) {
 #pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) square += __shfl_xor_sync(~0u, square, distance);
+          for (int distance = 4; distance < 32; distance *= 2) square += __shfl_xor_sync(~0u, square, distance);
+          if (row < rows && lane < 4) squares[(u64)row * (n / SQUARED) + part / (SQUARED / PART)] = square;
+        }
+        result = pack(a * low(gains[turn]), b * high(gains[turn]));
+      }
       if (row < rows) {
-        *(u32*)(total + place) = rounded;
-        *(u32*)(scaled + place) = pack(a * low(gains[turn]), b * high(gains[turn]));
-        if (complete && lane < 4) squares[(u64)row * (n / SQUARED) + part / (SQUARED / PART)] = square;
+#pragma unroll
+        for (int other = 0; other < RANKS; other++)  // these first, since they have the longer way
+          if (other != rank) *(u32*)(to_rank[other] + place) = result;
+        *(u32*)(out + place) = result;
       }
     }
   }

@@ -11,8 +11,8 @@ own, and they are added in a fixed order.
 
 There are three kernels. *fma* (1 or 2 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *ring* (`model.kernels.ring_linear`) multiplies on the matrix units of a Hopper, up to
-any number of rows. *cluster* (`model.kernels.cluster_linear`) does too, where all that stands around the product is the
-residual addition and the norm, and the reduction is split.
+any number of rows. *cluster* (`model.kernels.cluster_linear`) does too, with the reduction split, where nothing stands
+around the product but the residual addition and the norm.
 
 Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before
 (nor is it where cuBLAS adds): the total is, as it is stored, and its rounded elements are what is squared and what is
@@ -148,7 +148,7 @@ def small_linear_triton(
     """As `small_linear_torch`, for as many rows as the tiling takes, and k divisible by 8.
 
     The result is written to `out`, contiguous and of its shape and dtype, where that is given, and with `push`, which
-    only ring can do, to the other ranks too.
+    only ring and cluster can do, to the other ranks too.
     `pdl` makes it a dependent launch, for which a GPU of compute capability 9 or later is needed.
     """
     if out is None:
@@ -193,10 +193,23 @@ def _launch(
     rows, (n, k) = x.shape[0], weight.shape
     assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
     if tiling.form == "cluster":
-        assert added is not None, "cluster adds"
-        assert (scale, bias, push) == (None,) * 3, "cluster does nothing else"
+        assert scale is None, "cluster does not scale"
+        assert bias is None, "cluster adds no bias"
+        assert not gated, "cluster has no gate"
+        assert all(t.is_contiguous() for t in (x, weight, *(added or ()), out)), "tensors must be contiguous"
         if rows:
-            _launch_cluster(x, weight, *added, out, tiling=tiling, pdl=pdl)
+            cluster_linear.cluster_linear(
+                x,
+                weight,
+                out,
+                added=None if added is None else cluster_linear.Added(*added),
+                push=push,
+                block_rows=tiling.block_rows,
+                cluster=tiling.splits,
+                slices=tiling.block_k // cluster_linear.SLICE,
+                stages=tiling.stages,
+                pdl=pdl,
+            )
         return
     nothing = x  # a pointer that nothing is read through stands for what is not given
     squares = nothing if scale is None else scale.squares
@@ -251,21 +264,6 @@ def _launch(
             RANK=0 if push is None else push.rank,
             **options,
         )
-
-
-def _launch_cluster(x: torch.Tensor, weight: torch.Tensor, *stream: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
-    """Launch `cluster_linear`; `stream` is what it has beside x and the weight, in its order."""
-    assert all(t.is_contiguous() for t in (x, weight, *stream)), "tensors must be contiguous"
-    cluster_linear.cluster_linear(
-        x,
-        weight,
-        *stream,
-        block_rows=tiling.block_rows,
-        cluster=tiling.splits,
-        slices=tiling.block_k // cluster_linear.SLICE,
-        stages=tiling.stages,
-        pdl=pdl,
-    )
 
 
 def _split_memory(units: int, splits: int, elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

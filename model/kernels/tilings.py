@@ -100,17 +100,22 @@ PUSHED: Mapping[Work, Tiling] = MappingProxyType(
 CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
     {
         Work(32, 1024, 3072): Tiling("cluster", 32, 64, 192, 4, 4, 4, 32),  # 0.6B down: 3.0, else 3.2
-        Work(8, 2048, 2048): Tiling("cluster", 8, 64, 64, 4, 4, 8, 8),  # 1.7B o: 3.0, else 3.7
-        Work(16, 2048, 2048): Tiling("cluster", 16, 64, 64, 4, 2, 16, 16),  # 1.7B o: 3.3, else 3.8
+        Work(1, 2048, 2048): Tiling("cluster", 1, 64, 256, 4, 2, 4, 8),  # 1.7B o: 2.8, else 3.4
+        Work(2, 2048, 2048): Tiling("cluster", 2, 64, 128, 4, 2, 8, 8),  # 1.7B o: 2.9, else 3.2
+        Work(8, 2048, 2048): Tiling("cluster", 8, 64, 64, 4, 4, 8, 8),  # 1.7B o: 3.0, else 3.2
+        Work(16, 2048, 2048): Tiling("cluster", 16, 64, 64, 4, 2, 16, 16),  # 1.7B o: 3.3, else 3.5
         Work(32, 2048, 2048): Tiling("cluster", 32, 64, 64, 4, 2, 16, 32),  # 1.7B o: 3.7, else 4.2
-        Work(16, 2560, 4096): Tiling("cluster", 16, 64, 128, 4, 4, 5, 16),  # 4B o: 6.6, else 6.8
+        Work(1, 2560, 4096): Tiling("cluster", 1, 64, 128, 4, 4, 6, 8),  # 4B o: 6.4, else 7.0
         Work(64, 2560, 4096): Tiling("cluster", 64, 64, 64, 4, 2, 13, 64),  # 4B o: 8.1, else 8.5
-        Work(2, 2560, 9728): Tiling("cluster", 2, 64, 128, 4, 4, 6, 8),  # 4B down: 14.6, else 15.4
-        Work(8, 2560, 9728): Tiling("cluster", 8, 64, 128, 4, 4, 6, 8),  # 4B down: 14.7, else 15.4
+        Work(1, 4096, 4096): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B o: 8.8, else 9.3
         Work(64, 4096, 4096): None,  # 8B o: 10.4, else 11.1
+        Work(16, 4096, 2048): None,  # 8B/2 o: 5.6, else 5.7
+        Work(32, 4096, 2048): None,  # 8B/2 o: 5.8, else 6.0
+        Work(64, 4096, 2048): None,  # 8B/2 o: 5.9, else 6.6
+        Work(1, 4096, 6144): Tiling("cluster", 1, 64, 192, 4, 2, 8, 8),  # 8B/2 down: 12.4, else 12.9
     }
 )
-"""Where layers that add to the residual stream, and do nothing else, have clusters cut otherwise than `cluster_tiling`
+"""Where layers with nothing in front of what they add or put out have clusters cut otherwise than `cluster_tiling`
 says; None where something else is faster."""
 
 
@@ -145,18 +150,18 @@ def default_tiling(work: Work) -> Tiling | None:
 def cluster_tiling(work: Work) -> Tiling | None:
     """Split the reduction, so that nearly all multiprocessors have a program; None where that needs no splitting.
 
-    Clusters of four reach no more than 120 of a Hopper's 132 multiprocessors at a time, those of two reach all.
+    Clusters of two reach all of a Hopper's 132 multiprocessors at a time, those of four no more than 120. With few rows
+    four are the better also where there are more, two programs to a multiprocessor.
     """
-    if not 2 <= work.rows <= 64 or work.n % cluster_linear.FEATURES or work.gated:
-        return None
     clusters = work.n // cluster_linear.FEATURES
-    size = 4 if 4 * clusters <= 120 else 2
-    slices = 2
-    if size * clusters > 132 or work.k % (size * slices * cluster_linear.SLICE):
+    size = 4 if 4 * clusters <= 120 or (work.rows <= 16 and clusters < 64) else 2
+    block_k = 2 * cluster_linear.SLICE
+    cut = work.n % cluster_linear.FEATURES == 0 == work.k % (size * block_k)
+    if work.gated or not cut or not 2 <= work.rows <= 64 or (size == 2 and 2 * clusters > 132):
         return None
     rows = max(8, work.rows)
-    block_k = slices * cluster_linear.SLICE
-    stages = min(cluster_linear.most_stages(rows, slices), work.k // (size * block_k))
+    room = cluster_linear.most_stages(rows, 2) // (2 if 4 * clusters > 120 and size == 4 else 1)
+    stages = min(room, work.k // (size * block_k))
     return Tiling("cluster", work.rows, cluster_linear.FEATURES, block_k, 4, size, stages, rows) if stages > 1 else None
 
 

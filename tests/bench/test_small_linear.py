@@ -87,8 +87,8 @@ def table_of(line: str) -> dict[object, object]:
 def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
     """In shared memory, whether the model uses it or the sweep tries it; and squares in the registers of a thread."""
     for layer, rows in product(layers_of(f"{size}/{ranks}", tmp_path), ROW_CLASSES):
-        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, clusters=layer.adds)
-        pushed = None if layer.gated else tiling_for(rows, layer.n, layer.k, gated=False, push=True)
+        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, clusters=layer.alone)
+        pushed = tiling_for(rows, layer.n, layer.k, gated=False, push=True, clusters=True) if layer.alone else None
         for tiling in [used, pushed, *(variant.tiling for variant in variants_for(layer, rows))]:
             if tiling is not None and tiling.form == "ring":
                 tile_bytes = 2 * (tiling.block_rows + tiling.block_n) * tiling.block_k

@@ -367,20 +367,24 @@ def test_a_chain_with_dependent_launches(triton_device: torch.device, tiling: Ti
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_HOPPER, reason="ring needs a Hopper")
-@pytest.mark.parametrize("tiling", RINGS, ids=str)
-@pytest.mark.parametrize("shape", [(1024, 512), (4096, 2048), (328, 328)])
+@pytest.mark.skipif(not ON_HOPPER, reason="ring and cluster need a Hopper")
+@pytest.mark.parametrize("tiling", [*RINGS, *CLUSTERS], ids=str)
+@pytest.mark.parametrize("shape", [(1024, 1536), (4096, 3072), (328, 328)])
 def test_what_is_pushed_is_what_is_put_out(triton_device: torch.device, tiling: Tiling, shape: tuple[int, int]) -> None:
     """To every other rank's inbox, and nothing beside it; rows are as many as there are, and one less."""
     n, k = shape
+    if tiling.form == "cluster":
+        n, k = -(-n // 64) * 64, -(-k // 1536) * 1536
     for rows in {tiling.rows, max(1, tiling.rows - 1)}:
         x = torch.randn(rows, k, device=triton_device).bfloat16()
         weight, bias = (torch.randn(*dims, device=triton_device).bfloat16() for dims in ((n, k), (n,)))
+        bias = None if tiling.form == "cluster" else bias
         inboxes = [poisoned(tiling.rows + 1, n, dtype=torch.bfloat16, device=triton_device) for _ in range(3)]
         addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=triton_device)
         expected = small_linear_triton(x, weight, bias, tiling=tiling)
         out = small_linear_triton(x, weight, bias, tiling=tiling, push=Push(1, addresses))
         assert torch.equal(out, expected)
+        assert relative_error(expected, exact(Tensors(x, weight, bias))) < TOLERANCE[torch.bfloat16]
         for rank, inbox in enumerate(inboxes):
             written = 0 if rank == 1 else rows
             assert torch.equal(inbox[:written], expected[:written])
