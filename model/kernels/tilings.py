@@ -99,20 +99,25 @@ PUSHED: Mapping[Work, Tiling] = MappingProxyType(
 
 CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
     {
+        Work(16, 1024, 3072): Tiling("cluster", 16, 64, 256, 4, 4, 3, 16),  # 0.6B down: 2.7, else 2.8
         Work(32, 1024, 3072): Tiling("cluster", 32, 64, 192, 4, 4, 4, 32),  # 0.6B down: 3.0, else 3.2
-        Work(1, 2048, 2048): Tiling("cluster", 1, 64, 256, 4, 2, 4, 8),  # 1.7B o: 2.8, else 3.4
-        Work(2, 2048, 2048): Tiling("cluster", 2, 64, 128, 4, 2, 8, 8),  # 1.7B o: 2.9, else 3.2
-        Work(8, 2048, 2048): Tiling("cluster", 8, 64, 64, 4, 4, 8, 8),  # 1.7B o: 3.0, else 3.2
-        Work(16, 2048, 2048): Tiling("cluster", 16, 64, 64, 4, 2, 16, 16),  # 1.7B o: 3.3, else 3.5
-        Work(32, 2048, 2048): Tiling("cluster", 32, 64, 64, 4, 2, 16, 32),  # 1.7B o: 3.7, else 4.2
-        Work(1, 2560, 4096): Tiling("cluster", 1, 64, 128, 4, 4, 6, 8),  # 4B o: 6.4, else 7.0
-        Work(64, 2560, 4096): Tiling("cluster", 64, 64, 64, 4, 2, 13, 64),  # 4B o: 8.1, else 8.5
-        Work(1, 4096, 4096): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B o: 8.8, else 9.3
-        Work(64, 4096, 4096): None,  # 8B o: 10.4, else 11.1
-        Work(16, 4096, 2048): None,  # 8B/2 o: 5.6, else 5.7
-        Work(32, 4096, 2048): None,  # 8B/2 o: 5.8, else 6.0
-        Work(64, 4096, 2048): None,  # 8B/2 o: 5.9, else 6.6
-        Work(1, 4096, 6144): Tiling("cluster", 1, 64, 192, 4, 2, 8, 8),  # 8B/2 down: 12.4, else 12.9
+        Work(1, 2048, 2048): Tiling("cluster", 1, 64, 256, 4, 2, 4, 8),  # 1.7B o: 2.7, else 3.4
+        Work(2, 2048, 2048): Tiling("cluster", 2, 64, 128, 4, 2, 8, 8),  # 1.7B o: 2.9, else 3.1
+        Work(8, 2048, 2048): Tiling("cluster", 8, 64, 64, 4, 4, 8, 8),  # 1.7B o: 3.0, else 3.1
+        Work(16, 2048, 2048): Tiling("cluster", 16, 64, 64, 4, 4, 8, 16),  # 1.7B o: 3.2, else 3.4
+        Work(32, 2048, 2048): Tiling("cluster", 32, 64, 64, 4, 4, 8, 32),  # 1.7B o: 3.6, else 4.0
+        Work(1, 2048, 6144): Tiling("cluster", 1, 64, 192, 4, 4, 4, 8),  # 1.7B down: 7.6, else 7.8
+        Work(1, 2560, 4096): Tiling("cluster", 1, 64, 128, 4, 4, 6, 8),  # 4B o: 6.3, else 7.0
+        Work(64, 2560, 4096): Tiling("cluster", 64, 64, 64, 4, 2, 13, 64),  # 4B o: 7.9, else 8.3
+        Work(32, 2560, 9728): Tiling("cluster", 32, 64, 128, 4, 4, 4, 32),  # 4B down: 16.0, else 16.6
+        Work(1, 4096, 4096): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B o: 8.5, else 9.2
+        Work(1, 4096, 12288): Tiling("cluster", 1, 64, 128, 4, 2, 12, 8),  # 8B down: 23.4, else 24.1
+        Work(1, 3072, 4096): Tiling("cluster", 1, 64, 128, 4, 4, 6, 8),  # 8B/2 qkv: 6.9, else 7.2
+        Work(8, 4096, 2048): Tiling("cluster", 8, 64, 256, 4, 2, 4, 8),  # 8B/2 o: 5.2, else 5.4
+        Work(16, 4096, 2048): Tiling("cluster", 16, 64, 64, 4, 2, 11, 16),  # 8B/2 o: 5.4, else 5.5
+        Work(32, 4096, 2048): None,  # 8B/2 o: 5.8, else 5.9
+        Work(64, 4096, 2048): None,  # 8B/2 o: 5.9, else 6.5
+        Work(1, 4096, 6144): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B/2 down: 12.0, else 12.9
     }
 )
 """Where layers with nothing in front of what they add or put out have clusters cut otherwise than `cluster_tiling`
