@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model.kernels.norm import add_rms_norm
+from model.kernels.peer_sum import Pushed
 from model.peer_sums import PeerSums, Place, Room
 
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
@@ -35,6 +36,10 @@ class TensorParallel:
     def room_for_summand(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
         """Where a sum would have its next argument [rows, width] written, to save a copy; None: it does not mind."""
         return None if self.peer_sums is None else self.peer_sums.room(shape, dtype, place)
+
+    def pushed_sum(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Pushed | None:
+        """What a layer needs that computes the next sum [rows, width] by itself; None: `all_reduce` is to do it."""
+        return None if self.peer_sums is None else self.peer_sums.pushed(shape, dtype, place)
 
     def all_reduce(self, x: torch.Tensor, place: Place, *, pushed: bool = False) -> torch.Tensor:
         """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up.

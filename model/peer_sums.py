@@ -122,9 +122,9 @@ class _Way:
 class PeerSums:
     """This rank's part of the memory, and the sum over all parts, in one shot or in two.
 
-    `logits` gathers what other parts of the memory are for.
+    `logits` gathers what other parts of the memory are for. With `layers_sum`, layers may compute sums by themselves.
 
-    To make one is a collective operation, with the same `limits` and `dtype` on every rank of `group`, none of which
+    To make one is a collective operation, with the same `limits`, `dtype` and `layers_sum` on every rank of `group`, none of which
     has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same order, of the
     same shapes, and no two of the same place in a row; and gathers the same logits among them.
 
@@ -138,7 +138,15 @@ class PeerSums:
         ModelError: the memory cannot be shared; it names the way to do without.
     """
 
-    def __init__(self, group: dist.ProcessGroup, limits: Limits, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        limits: Limits,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers_sum: bool = False,
+    ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
@@ -190,6 +198,7 @@ class PeerSums:
             push = Push(rank, addresses(of_place[rank]))
             return _Way(place, peers, replace(peers, pushed=Pushed(of_place, push)))
 
+        self._layers_sum = layers_sum
         self._one_shot = [one_shot(*memory) for memory in zip(places, inboxes, strict=True)]
         outputs = Outputs(output, addresses(output))
         self._two_shots = _Way(summand, Peers(rank, addresses(summand), all_flags, meetings, outputs))
@@ -203,6 +212,17 @@ class PeerSums:
         pushed = None if way.pushed is None else way.pushed.pushed
         small = pushed is not None and shape.numel() <= pushed.inboxes.shape[1]
         return Room(way.summand[: shape.numel()].view(shape), pushed.push if pushed and small else None)
+
+    def pushed(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Pushed | None:
+        """Where a layer that sums by itself pushes its summand [rows, width], and where those of the others come; None
+        if it is too large, or layers are not to. With it, the layer's launch is the next sum."""
+        room = self.room(shape, dtype, place)
+        if not self._layers_sum or room is None or room.push is None:
+            return None
+        self.logits.pass_sum()
+        peers = self._one_shot[place].pushed
+        assert peers is not None, "there is where to push to"
+        return peers.pushed
 
     def sum(self, x: torch.Tensor, place: Place, *, pushed: bool = False) -> torch.Tensor | None:
         """Return the sum of all ranks' contiguous [rows, width]; None if `x` is too large.

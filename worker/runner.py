@@ -21,7 +21,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.ahead import compile_ahead
-from model.kernels.linear import pushes
+from model.kernels.linear import pushes, sums
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
@@ -367,10 +367,11 @@ def _with_peer_sums(
         why = reason or "another rank has none"
         logger.info("rank=%d no sums and logits through shared memory: %s", tp.rank, why)
         return tp
-    push = bool(_agree(int(pushes(runtime.device, runtime.dtype)), tp, runtime.device))
+    device, dtype = runtime.device, runtime.dtype
+    push, layers_sum = (bool(_agree(int(can(device, dtype)), tp, device)) for can in (pushes, sums))
     logits = runtime.max_running * -(-vocab_size // tp.size)  # padded, as the head's weight is
-    limits = Limits.of(tp.size, runtime.dtype, push=push, logits=logits)
-    return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=runtime.dtype, device=runtime.device))
+    limits = Limits.of(tp.size, dtype, push=push, logits=logits)
+    return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=dtype, device=device, layers_sum=layers_sum))
 
 
 def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:

@@ -1,17 +1,19 @@
-// out = x . weight^T for few rows, also to other ranks; or total = residual + x . weight^T, out = total * gain and sums
-// of total's squares: see cluster_linear.py.
+// out = x . weight^T for few rows, also to other ranks; or total = residual + x . weight^T, maybe summed over all ranks,
+// out = total * gain and sums of total's squares: see cluster_linear.py.
 //
-// x [rows, k], weight [n, k], residual, total, out [rows, n], gain [n]: bfloat16. squares [rows, n / SQUARED]: float32.
+// x [rows, k], weight [n, k], residual, total, out [rows, n], gain [n]: bfloat16. squares [rows, n / SQUARED] and
+// scale_squares [rows, parts]: float32.
 //
 // A cluster of CLUSTER programs has 64 features of up to ROWS rows, each over its part of the reduction. Matrix units
 // have the weight as their left operand (they take 64 rows of it), and x as the right one. Each program then sends its
 // sums of 64 / CLUSTER features to the program of the cluster that owns those, into its shared memory, where they are
 // added in a fixed order. Who owns features applies what stands around the product.
 //
-// Defined before this text: ROWS, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; ADDS, whether there is a residual;
-// RANKS, 0 if out goes nowhere else; and what the instruction that multiplies needs as text: its SHAPE, and as many names
-// as a thread has sums: SUM_NAMES ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the two operands
-// behind them, LEFT and RIGHT.
+// Defined before this text: ROWS, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is still to be
+// multiplied by 1 / rms of its rows; ADDS, whether there is a residual; RANKS, 0 if there is only this one; EMPTY, the
+// bits of an element of an inbox that has not come; and what the instruction that multiplies needs as text: its SHAPE, and
+// as many names as a thread has sums: SUM_NAMES ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the
+// two operands behind them, LEFT and RIGHT.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -88,14 +90,28 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 __device__ __forceinline__ float low(u32 both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float high(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
 
-// With ADDS inboxes is not read, and else residual, gain, total and squares are not.
+// Two elements, as soon as another rank has sent both; their place is empty then.
+__device__ __forceinline__ u32 take(u32* place) {
+  u32 both;
+  do {
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(both) : "l"(place) : "memory");
+  } while ((both & 0xFFFF) == EMPTY || both >> 16 == EMPTY);
+  *place = EMPTY << 16 | EMPTY;
+  return both;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
-    cluster_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* residual,
-                   const u16* gain, u16* total, float* squares, u16* out, u16* const* inboxes, int rank, int rows, int n, int k,
-                   int stages) {
+    cluster_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
+                   const float* scale_squares,           // read only with SCALED, as parts and eps are
+                   const u16* residual, const u16* gain, // read, and total and squares written, only with ADDS
+                   u16* total, float* squares, u16* out,
+                   u16* const* inboxes,                  // with RANKS: of each, what this one's sums come into
+                   u16* inbox_of_rank, int inbox_size,   // with RANKS and ADDS: this one's, [RANKS, inbox_size]
+                   int rank, float eps, int parts, int rows, int n, int k, int stages) {
   extern __shared__ char memory[];
   __shared__ u64 ready_barriers[MAX_STAGES], free_barriers[MAX_STAGES], arrived_barrier;
   __shared__ float4 inbox[CLUSTER][UNITS][32];
+  __shared__ float scales[ROWS];
   const u32 tiles = (address(memory) + 1023) & ~1023u;  // swizzled memory begins at a multiple of that
   const u32 ready = address(ready_barriers), free = address(free_barriers), arrived = address(&arrived_barrier);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -148,6 +164,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     return;
   }
 
+  // So many threads add up a row's squares.
+  constexpr int OF_ROW = WARPS * 32 / ROWS;
+  float mean = 0.f;
+  if (SCALED && threadIdx.x / OF_ROW < rows) {
+    const float* of_row = scale_squares + (u64)(threadIdx.x / OF_ROW) * parts;
+#pragma unroll 16
+    for (int i = threadIdx.x % OF_ROW; i < parts; i += OF_ROW) mean += of_row[i];
+  }
   // What is added and multiplied comes while the products are computed. A thread has two features of two rows of a unit.
   u32 added[TURNS][2], gains[TURNS];
 #pragma unroll
@@ -183,6 +207,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     }
     if (++stage == stages) stage = 0, phase ^= 1;
   }
+  if (SCALED) {
+#pragma unroll
+    for (int distance = 1; distance < OF_ROW; distance *= 2) mean += __shfl_xor_sync(~0u, mean, distance);
+    if (threadIdx.x % OF_ROW == 0) scales[threadIdx.x / OF_ROW] = rsqrtf(mean / k + eps);
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+  }
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < ROWS / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");  // not before they are complete
@@ -200,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
                  : "memory");
   await(arrived, 0);
 
-  float squared[TURNS][2];
+  float4 sums[TURNS];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
     const int unit = turn * WARPS + warp;
@@ -211,6 +241,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
       const float4 part = inbox[i][unit][lane];
       all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
     }
+    const int row = unit % CHUNKS * 8 + lane % 4 * 2;
+    if (SCALED) all.x *= scales[row], all.z *= scales[row], all.y *= scales[row + 1], all.w *= scales[row + 1];
+    sums[turn] = all;
+    if (RANKS) {  // to others first, which wait for it
+      const int feature = features * FEATURES + (own * OWNED + unit / CHUNKS) * PART + lane / 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int other = 0; other < RANKS; other++)
+          if (other != rank && row + i < rows)
+            *(u32*)(to_rank[other] + (u64)(row + i) * n + feature) = i ? pack(all.y, all.w) : pack(all.x, all.z);
+    }
+  }
+  float squared[TURNS][2];
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn++) {
+    const int unit = turn * WARPS + warp;
+    if (unit >= UNITS) break;
     const int part = features * (FEATURES / PART) + own * OWNED + unit / CHUNKS, feature = part * PART + lane / 4 * 2;
     const int before = turn - CHUNKS / WARPS;  // the turn that had the same rows, with WHOLE
     const bool complete = !WHOLE || turn + CHUNKS / WARPS >= TURNS;
@@ -218,10 +266,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     for (int i = 0; i < 2; i++) {
       const int row = unit % CHUNKS * 8 + lane % 4 * 2 + i;
       const u64 place = (u64)row * n + feature;
-      u32 result = pack((i ? all.y : all.x) + low(added[turn][i]), (i ? all.w : all.z) + high(added[turn][i]));
+      float a = i ? sums[turn].y : sums[turn].x, b = i ? sums[turn].w : sums[turn].z;
+      u32 result = pack(a, b);
       if (ADDS) {
+        if (RANKS) {  // what each has rounded, added in the order of the ranks and rounded
+          const u32 mine = result;
+          a = b = 0.f;
+#pragma unroll
+          for (int other = 0; other < RANKS; other++) {
+            const u32 summand = other == rank ? mine : row < rows ? take((u32*)(inbox_of_rank + (u64)other * inbox_size + place)) : 0;
+            a += low(summand), b += high(summand);
+          }
+          const u32 sum = pack(a, b);
+          a = low(sum), b = high(sum);
+        }
+        result = pack(a + low(added[turn][i]), b + high(added[turn][i]));
         if (row < rows) *(u32*)(total + place) = result;
-        const float a = low(result), b = high(result);
+        a = low(result), b = high(result);
         float square = a * a + b * b;
         if (WHOLE && before >= 0) square += squared[before][i];
         squared[turn][i] = square;
@@ -232,12 +293,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
         }
         result = pack(a * low(gains[turn]), b * high(gains[turn]));
       }
-      if (row < rows) {
-#pragma unroll
-        for (int other = 0; other < RANKS; other++)  // these first, since they have the longer way
-          if (other != rank) *(u32*)(to_rank[other] + place) = result;
-        *(u32*)(out + place) = result;
-      }
+      if (row < rows) *(u32*)(out + place) = result;
     }
   }
 }

@@ -5,8 +5,10 @@ something to do. Splits of *ring* leave their sums in memory, and who arrives la
 a reduction are a cluster, which the GPU runs at the same time on multiprocessors that reach each other's shared memory:
 each sends its sums there, and each finishes a part of the features.
 
-It does what `small_linear_torch` does, and `small_linear_add_norm_torch`, where there is nothing else in front of what
-is added or put out: no scale, bias or gate. cluster_linear.cu tells how.
+It does what `small_linear_torch` does, and `small_linear_add_norm_torch`, without a bias or a gate. What it adds may be
+the sum over all ranks of a tensor-parallel group: a program pushes its own summands to the others, and waits until
+theirs are there, as `model.kernels.peer_sum` says of pushed ones, whose inboxes these are. Clusters of one number then
+wait for one another on all ranks, as programs of one number do there. cluster_linear.cu tells how.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from model.kernels.cuda_source import Source, kernel_of, number, pointer, tensor_map
-from model.kernels.peer_sum import Push
+from model.kernels.norm import Scale
+from model.kernels.peer_sum import EMPTY, Push
 
 FEATURES = 64
 """A cluster's, the rows of matrix units' left operand."""
@@ -40,10 +43,13 @@ class Added(NamedTuple):
     squares: torch.Tensor
 
 
-def source_of(rows: int, cluster: int, slices: int, *, adds: bool = False, ranks: int = 0) -> Source:
+def source_of(
+    rows: int, cluster: int, slices: int, *, scaled: bool = False, adds: bool = False, ranks: int = 0
+) -> Source:
     """Return the kernel for up to so many rows, a multiple of 8, `cluster` programs, and tiles of so many slices.
 
-    With `adds` there is a residual; the result goes to the memory of as many ranks, of which one is this one.
+    With `scaled`, x is still to be scaled, and with `adds` there is a residual. With ranks, of which one is this one,
+    the result goes to their memory; with `adds` all add up what has come.
     """
     assert rows % 8 == 0, rows
     assert cluster in (2, 4), cluster
@@ -54,8 +60,10 @@ def source_of(rows: int, cluster: int, slices: int, *, adds: bool = False, ranks
             ("ROWS", str(rows)),
             ("CLUSTER", str(cluster)),
             ("SLICES", str(slices)),
+            ("SCALED", str(int(scaled))),
             ("ADDS", str(int(adds))),
             ("RANKS", str(ranks)),
+            ("EMPTY", f"{EMPTY & 0xFFFF}u"),
             ("SHAPE", f'"m64n{rows}k16"'),
             ("SUM_NAMES", f'"{", ".join(f"%{i}" for i in range(sums))}"'),
             ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(sums))),
@@ -67,7 +75,7 @@ def source_of(rows: int, cluster: int, slices: int, *, adds: bool = False, ranks
 
 def most_stages(rows: int, slices: int) -> int:
     """Return how many tiles of each operand a program has room for."""
-    fixed = _ALIGNMENT + FEATURES * rows * 4 + (2 * MAX_STAGES + 1) * 8
+    fixed = _ALIGNMENT + (FEATURES + 1) * rows * 4 + (2 * MAX_STAGES + 2) * 8
     return min((SHARED_BYTES - fixed) // _stage_bytes(rows, slices), MAX_STAGES)
 
 
@@ -81,8 +89,10 @@ def cluster_linear(
     weight: torch.Tensor,
     out: torch.Tensor,
     *,
+    scale: Scale | None = None,
     added: Added | None = None,
     push: Push | None = None,
+    inboxes: torch.Tensor | None = None,
     block_rows: int,
     cluster: int,
     slices: int,
@@ -91,18 +101,21 @@ def cluster_linear(
 ) -> None:
     """Write out = x @ weight.T, with `push` to the other ranks too, or with `added` that * gain behind its addition.
 
+    With `scale` x is one that is still to be scaled. With `added` and `push`, what is added is the sum of all ranks'
+    x @ weight.T, each rounded, in the order of the ranks and rounded; those of the others come into `inboxes` [ranks,
+    elements], which are empty before and after.
     x: [rows, k], of at least 1 and up to `block_rows` rows. weight: [n, k], n a multiple of 64, k of
     64 * slices * cluster. out, residual and total: [rows, n]. gain: [n]. All of bfloat16 and contiguous.
     squares: [rows, n / squared(block_rows, cluster)] float32.
     """
-    assert added is None or push is None, "what is added is not pushed"
+    assert (inboxes is not None) == (added is not None and push is not None), "what is summed comes into inboxes"
     rows, (n, k) = x.shape[0], weight.shape
     assert 0 < rows <= block_rows, f"{rows} rows, and room for {block_rows}"
     assert n % FEATURES == 0, f"{n} features are no whole number of {FEATURES}"
     assert k % (SLICE * slices * cluster) == 0, f"{k} columns are no whole number of tiles for each of {cluster}"
     assert 2 <= stages <= most_stages(block_rows, slices), f"{stages} stages"
     ranks = 0 if push is None else push.inboxes.shape[0]
-    source = source_of(block_rows, cluster, slices, adds=added is not None, ranks=ranks)
+    source = source_of(block_rows, cluster, slices, scaled=scale is not None, adds=added is not None, ranks=ranks)
     kernel = kernel_of(source, x.device)
     if kernel is None:
         return
@@ -116,8 +129,12 @@ def cluster_linear(
         ),
         tensor_map(x, (SLICE, rows, columns[1]), (k, SLICE), (SLICE, block_rows, slices)),
         # A pointer that nothing is read through stands for what is not given.
+        pointer(out if scale is None else scale.squares),
         *map(pointer, (*(added or (out,) * 4), out, out if push is None else push.inboxes)),
-        *map(number, (0 if push is None else push.rank, rows, n, k, stages)),
+        pointer(out if inboxes is None else inboxes),
+        *map(number, (0 if inboxes is None else inboxes.shape[1], 0 if push is None else push.rank)),
+        number(0.0 if scale is None else scale.eps),
+        *map(number, (0 if scale is None else scale.squares.shape[1], rows, n, k, stages)),
         cluster=cluster,
         shared_bytes=_ALIGNMENT + stages * _stage_bytes(block_rows, slices),
         pdl=pdl,

@@ -164,9 +164,9 @@ def pointer(tensor: torch.Tensor) -> tuple[int, type[ctypes.c_void_p]]:
     return tensor.data_ptr(), ctypes.c_void_p
 
 
-def number(value: int) -> tuple[int, type[ctypes.c_int]]:
-    """Return an int as an argument of a kernel."""
-    return value, ctypes.c_int
+def number(value: float) -> tuple[float, type[Any]]:
+    """Return an int or a float as an argument of a kernel."""
+    return value, ctypes.c_int if isinstance(value, int) else ctypes.c_float
 
 
 @cache

@@ -15,10 +15,10 @@ from model.kernels.activation import silu_and_mul
 from model.kernels.cuda_source import compiles
 from model.kernels.dependent import dependent_launch
 from model.kernels.norm import Normed, add_rms_norm, rms_norm
-from model.kernels.peer_sum import Push
+from model.kernels.peer_sum import Push, Pushed
 from model.kernels.runtime import fetches_tiles, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
-from model.kernels.tilings import tiling_for
+from model.kernels.tilings import summing_tiling_for, tiling_for
 
 _RING_ROWS = 8  # the fewest that ring is measured with
 
@@ -49,9 +49,31 @@ def pushes(device: torch.device, dtype: torch.dtype) -> bool:
     return wanted("small_linear") and dtype is torch.bfloat16 and fetches_tiles(device)
 
 
+def sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether there are layers on this device that sum, which all ranks must agree on."""
+    return pushes(device, dtype) and _has_clusters(device)
+
+
 def can_push(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tell whether `linear` can push its result to other ranks: where `pushes`, this depends on shapes alone."""
     return _pushing(x, weight, clusters=False) is not None  # some rank has a bias, maybe, which clusters do not add
+
+
+def can_sum(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Tell whether `linear_sum_add_norm` can be called: where `sums`, this depends on shapes alone."""
+    return _summing(x, weight) is not None
+
+
+def linear_sum_add_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float, pushed: Pushed
+) -> tuple[Normed, torch.Tensor]:
+    """Return (rms_norm(total, gain, eps), total), total being residual + the sum over all ranks of x @ weight.T, the
+    same bits on every rank; `can_sum` must be true on all. Shapes: as for `linear_add_norm`.
+    """
+    tiling = _summing(x, weight)
+    assert tiling is not None, "clusters alone sum"
+    pdl = bool(dependent_launch(x))
+    return small_linear_add_norm_triton(x, weight, None, residual, gain, eps, pushed=pushed, tiling=tiling, pdl=pdl)
 
 
 def norm_linear(
@@ -59,8 +81,7 @@ def norm_linear(
 ) -> torch.Tensor:
     """Return `linear` of rows behind a norm; with `gated` silu of its first half of features times the second half."""
     x = normed.x
-    clusters = normed.scale is None and bias is None and not gated
-    tiling = _tiling(x, weight, gated=gated, clusters=clusters)
+    tiling = _tiling(x, weight, gated=gated, clusters=bias is None and not gated)
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_triton(x, weight, bias, scale=normed.scale, gated=gated, tiling=tiling, pdl=pdl)
@@ -114,8 +135,7 @@ def _tiling(
         return None
     n, k = weight.shape
     rows = max(x.shape[0], _RING_ROWS) if push else x.shape[0]
-    clusters = clusters and wanted("clusters") and fetches_tiles(x.device) and compiles(x.device)
-    tiling = tiling_for(rows, n, k, gated=gated, push=push, clusters=clusters)
+    tiling = tiling_for(rows, n, k, gated=gated, push=push, clusters=clusters and _has_clusters(x.device))
     if tiling is not None and tiling.form == "ring" and not fetches_tiles(x.device):
         return None
     return tiling
@@ -126,6 +146,17 @@ def _pushing(x: torch.Tensor, weight: torch.Tensor, *, clusters: bool) -> Tiling
     but a few features each, and would wait long for those to arrive."""
     tiling = _tiling(x, weight, push=True, clusters=clusters)
     return tiling if tiling is not None and tiling.form != "fma" else None
+
+
+def _summing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
+    """How to compute a layer that adds up what ranks have; None where it cannot."""
+    if not _wants_small_linear(x) or not _has_clusters(x.device):
+        return None
+    return summing_tiling_for(x.shape[0], *weight.shape)
+
+
+def _has_clusters(device: torch.device) -> bool:
+    return wanted("clusters") and fetches_tiles(device) and compiles(device)
 
 
 def _wants_small_linear(x: torch.Tensor) -> bool:

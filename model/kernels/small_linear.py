@@ -11,8 +11,8 @@ own, and they are added in a fixed order.
 
 There are three kernels. *fma* (1 or 2 rows) multiplies in registers: a program owns a few weight rows, and holds
 them whole or walks along them. *ring* (`model.kernels.ring_linear`) multiplies on the matrix units of a Hopper, up to
-any number of rows. *cluster* (`model.kernels.cluster_linear`) does too, with the reduction split, where nothing stands
-around the product but the residual addition and the norm.
+any number of rows. *cluster* (`model.kernels.cluster_linear`) does too, with the reduction split, without a bias or a
+gate, and adds up what ranks have.
 
 Rounding is that of the separate operations, with two exceptions. What is added to the residual is not rounded before
 (nor is it where cuBLAS adds): the total is, as it is stored, and its rounded elements are what is squared and what is
@@ -41,7 +41,7 @@ from model.kernels import cluster_linear
 from model.kernels.activation import silu_and_mul_torch
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
-from model.kernels.peer_sum import Push
+from model.kernels.peer_sum import Push, Pushed
 from model.kernels.ring_linear import pieces, ring_kernel
 from model.kernels.runtime import jit, jit_once, tl, triton
 from model.kernels.tiles import tiles_of
@@ -166,13 +166,21 @@ def small_linear_add_norm_triton(
     gain: torch.Tensor,
     eps: float,
     *,
+    pushed: Pushed | None = None,
     tiling: Tiling,
     pdl: bool = False,
 ) -> tuple[Normed, torch.Tensor]:
-    """As `small_linear_add_norm_torch`, on the terms of `small_linear_triton`; what is normed is still to be scaled."""
+    """As `small_linear_add_norm_torch`, on the terms of `small_linear_triton`; what is normed is still to be scaled.
+
+    With `pushed`, which only cluster can do, it is the sum of all ranks' products that is added to the residual. Each
+    launches the same, and the results are the same bits on every rank.
+    """
     scaled, total = torch.empty_like(residual), torch.empty_like(residual)
     squares = torch.empty((x.shape[0], tiling.parts(weight.shape[0])), dtype=torch.float32, device=x.device)
-    _launch(x, weight, bias, scaled, added=(residual, gain, total, squares), tiling=tiling, pdl=pdl)
+    assert pushed is None or tiling.form == "cluster", f"{tiling.form} adds up nothing of other ranks"
+    push, inboxes = (None, None) if pushed is None else (pushed.push, pushed.inboxes)
+    added = (residual, gain, total, squares)
+    _launch(x, weight, bias, scaled, added=added, push=push, inboxes=inboxes, tiling=tiling, pdl=pdl)
     return Normed(scaled, Scale(squares, total, gain, eps)), total
 
 
@@ -186,6 +194,7 @@ def _launch(
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     gated: bool = False,
     push: Push | None = None,
+    inboxes: torch.Tensor | None = None,
     tiling: Tiling,
     pdl: bool,
 ) -> None:
@@ -193,7 +202,6 @@ def _launch(
     rows, (n, k) = x.shape[0], weight.shape
     assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
     if tiling.form == "cluster":
-        assert scale is None, "cluster does not scale"
         assert bias is None, "cluster adds no bias"
         assert not gated, "cluster has no gate"
         assert all(t.is_contiguous() for t in (x, weight, *(added or ()), out)), "tensors must be contiguous"
@@ -202,8 +210,10 @@ def _launch(
                 x,
                 weight,
                 out,
+                scale=scale,
                 added=None if added is None else cluster_linear.Added(*added),
                 push=push,
+                inboxes=inboxes,
                 block_rows=tiling.block_rows,
                 cluster=tiling.splits,
                 slices=tiling.block_k // cluster_linear.SLICE,

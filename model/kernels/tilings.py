@@ -99,6 +99,7 @@ PUSHED: Mapping[Work, Tiling] = MappingProxyType(
 
 CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
     {
+        **{Work(rows, 4096, 1024): None for rows in (2, 8, 16, 32, 64)},  # 0.6B qkv: 3.1 to 3.9, else 3.1 to 4.5
         Work(16, 1024, 3072): Tiling("cluster", 16, 64, 256, 4, 4, 3, 16),  # 0.6B down: 2.7, else 2.8
         Work(32, 1024, 3072): Tiling("cluster", 32, 64, 192, 4, 4, 4, 32),  # 0.6B down: 3.0, else 3.2
         Work(1, 2048, 2048): Tiling("cluster", 1, 64, 256, 4, 2, 4, 8),  # 1.7B o: 2.7, else 3.4
@@ -141,6 +142,19 @@ def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, cl
         if tiling is not None:
             return tiling
     return MEASURED[work] if work in MEASURED else default_tiling(work)
+
+
+def summing_tiling_for(rows: int, n: int, k: int) -> Tiling | None:
+    """Return how to launch a layer that adds up what all ranks have, which clusters alone do; None: not at all.
+
+    They do so also where something else is faster without, since no launch for the sum follows. One row or two have
+    the tiling of 8, as where they are pushed.
+    """
+    row_class = next((most for most in ROW_CLASSES if max(rows, 8) <= most), None)
+    if row_class is None:
+        return None
+    work = Work(row_class, n, k)
+    return CLUSTERED.get(work) or cluster_tiling(work)
 
 
 def default_tiling(work: Work) -> Tiling | None:

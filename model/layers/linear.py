@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.kernels.linear import can_push, linear, linear_add_norm, norm_linear
+from model.kernels.linear import can_push, can_sum, linear, linear_add_norm, linear_sum_add_norm, norm_linear
 from model.kernels.norm import Normed
 from model.kernels.packed import pack
 from model.layers.activation import SiluAndMul
@@ -150,6 +150,10 @@ class RowParallelLinear(ShardedModule):
         """
         if self._tp.size == 1:
             return linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
+        if self.bias is None and can_sum(x, self.weight):
+            pushed = self._tp.pushed_sum(residual.shape, x.dtype, self._place)
+            if pushed is not None:
+                return linear_sum_add_norm(x, self.weight, residual, norm.weight, norm.eps, pushed)
         bias = self.bias if self._tp.rank == 0 else None
         room = self._tp.room_for_summand(residual.shape, x.dtype, self._place)
         memory = None if room is None else room.memory

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from model.kernels.linear import can_push, linear
-from model.kernels.norm import add_rms_norm_triton
+from model.kernels.linear import can_push, can_sum, linear, linear_sum_add_norm, norm_linear
+from model.kernels.norm import Normed, add_rms_norm_triton
 from model.parallel import TensorParallel
 from model.peer_sums import Limits, PeerSums, Place, obstacle
 from tests.model.shared_files import shared_files
@@ -308,6 +308,60 @@ def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not
         assert all(torch.equal(every[0], other) for other in every[1:])
 
 
+def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
+    """As `check_layers`, of layers that add up by themselves what ranks have, all of them and then two of three."""
+    width, steps = 1024, 24
+    torch.manual_seed(21 + rank)
+    weights = [(torch.randn(width, width) / 32).to(torch.bfloat16) for _ in range(2 * steps)]
+    torch.manual_seed(22)
+    gain = torch.randn(width).to(torch.bfloat16)
+    x = torch.randn(rows, width).to(torch.bfloat16)
+
+    def chain(*, late: int = -1, one_at_a_time: bool = False, by_themselves: int = steps) -> torch.Tensor:
+        """Every so manieth layer leaves it to a kernel for sums; with 1, all."""
+        normed, residual = Normed(x), x
+        for step, (into, back) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+            place = (Place.ATTENTION, Place.MLP)[step % 2]
+            hidden = norm_linear(normed, into)
+            if one_at_a_time:
+                torch.cuda.synchronize()
+            if step % 7 == late:
+                be_late()
+            if (step + 1) % by_themselves:
+                assert can_sum(hidden, back)
+                pushed = peer_sums.pushed(residual.shape, residual.dtype, place)
+                assert pushed is not None
+                normed, residual = linear_sum_add_norm(hidden, back, residual, gain, EPS, pushed)
+            else:
+                room = peer_sums.room(residual.shape, residual.dtype, place)
+                assert room is not None and room.push is not None  # noqa: PT018
+                summand = linear(hidden, back, out=room.memory, push=room.push)
+                done = peer_sums.sum_add_rms_norm(summand, place, residual, gain, EPS, pushed=True)
+                assert done is not None
+                normed, residual = Normed(done[0]), done[1]
+            if one_at_a_time:
+                torch.cuda.synchronize()
+        return torch.cat((normed.finish(), residual))
+
+    separate = chain(by_themselves=1, one_at_a_time=True)
+    for by_themselves in (steps + 1, 3):
+        expected = chain(one_at_a_time=True, by_themselves=by_themselves)
+        error = (expected - separate).float().norm() / separate.float().norm()
+        assert error < 0.03, f"{rows} rows: {error}"
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = chain(late=3 * rank, by_themselves=by_themselves)
+        for _ in range(50):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, expected), f"{rows} rows"
+        assert torch.equal(chain(late=3 - 3 * rank, by_themselves=by_themselves), expected), f"{rows} rows, eager"
+        every = [torch.empty_like(expected) for _ in range(SIZE)]
+        dist.all_gather(every, expected)
+        assert all(torch.equal(every[0], other) for other in every[1:])
+
+
 def check_largest(group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
     """With one program for every two rows, and the last ranks' late."""
     dtype = torch.bfloat16
@@ -386,7 +440,11 @@ def main(rank: int, rendezvous: str) -> None:
             check_in_a_graph(peer_sums, rank, dtype)
             if dtype is torch.bfloat16:
                 check_layers(peer_sums, rank, pushed=(1, 4, 5), not_pushed=(64, 511))  # the last in two shots
-                check_layers(PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device), rank, pushed=(33, 64))
+                more = PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device, layers_sum=True)
+                check_layers(more, rank, pushed=(33, 64))
+                assert peer_sums.pushed(torch.Size((1, 1024)), dtype, Place.MLP) is None, "layers are not to sum"
+                for rows in (1, 5, 16, 33, 64):
+                    check_layers_that_sum(more, rank, rows)
                 check_largest(group, rank, device)
     dist.barrier()
     torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.kernels import cluster_linear
+from model.kernels.cluster_linear import source_of
+from model.kernels.cuda_source import kernel_of
 from model.kernels.norm import Normed, Scale
-from model.kernels.peer_sum import Push
+from model.kernels.peer_sum import EMPTY, Push
 from model.kernels.runtime import is_hopper
 from model.kernels.small_linear import (
     Tiling,
@@ -312,6 +316,83 @@ def test_cluster(triton_device: torch.device, tiling: Tiling, shape: tuple[int, 
         of_row = (x[row : row + 1], inputs.weight, None, residual[row : row + 1], gain, EPS)
         alone, _ = small_linear_add_norm_triton(*of_row, tiling=tiling)
         assert torch.equal(alone.x[0], normed.x[row]), "a row does not depend on others"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="cluster needs a Hopper")
+@pytest.mark.parametrize("tiling", CLUSTERS, ids=str)
+def test_cluster_that_scales(triton_device: torch.device, tiling: Tiling) -> None:
+    dtype, n = torch.bfloat16, 128
+    for rows, parts in itertools.product({tiling.rows, 1}, (5, 64, 300)):
+        inputs = tensors(rows, n, 1536, dtype, triton_device)
+        gain = draw(1536, dtype=dtype, device=triton_device)
+        squares = torch.zeros(rows, parts, device=triton_device)
+        part = torch.arange(1536, device=triton_device) * 7 % parts
+        squares.index_add_(1, part, inputs.x.float().square())
+        scale = Scale(squares, inputs.x, gain, EPS)
+        out = small_linear_triton(inputs.x * gain, inputs.weight, scale=scale, tiling=tiling)
+        assert relative_error(out, exact(inputs, scale=scale)) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="cluster needs a Hopper")
+@pytest.mark.parametrize("tiling", CLUSTERS, ids=str)
+def test_clusters_that_add_up_what_ranks_have(triton_device: torch.device, tiling: Tiling) -> None:
+    """Three ranks on one GPU, which has room for the programs of all, each in a stream of its own."""
+    dtype, n, k, ranks = torch.bfloat16, 128, 1536, 3
+    for rows in {tiling.rows, max(1, tiling.rows - 1)}:
+        inputs = [tensors(rows, n, k, dtype, triton_device) for _ in range(ranks)]
+        residual, gain = (draw(*shape, dtype=dtype, device=triton_device) for shape in ((rows, n), (n,)))
+        inboxes = torch.full((ranks, ranks, (rows + 1) * n), EMPTY, dtype=torch.int16, device=triton_device).view(dtype)
+        results = sum_beside_one_another(inputs, residual, gain, inboxes, tiling)
+        summands = [small_linear_triton(*inputs[rank], tiling=tiling).float() for rank in range(ranks)]
+        expected = (sum(summands[1:], start=summands[0]).to(dtype).float() + residual.float()).to(dtype)
+        for total, squares, scaled in results:
+            assert torch.equal(total, expected)
+            assert torch.equal(scaled, (total.float() * gain.float()).to(dtype))
+            assert relative_error(squares.double().sum(1), total.double().square().sum(1)) < 1e-6
+        assert (inboxes.view(torch.int16) == EMPTY).all(), "inboxes are empty again"
+
+
+def sum_beside_one_another(
+    inputs: list[Tensors], residual: torch.Tensor, gain: torch.Tensor, inboxes: torch.Tensor, tiling: Tiling
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return totals, sums of squares and what is scaled of all ranks, whose launches wait for one another: nothing else
+    may be asked of the GPU before the last one is made."""
+    ranks, (rows, n) = len(inputs), residual.shape
+    results = [
+        (torch.empty_like(residual), residual.new_empty((rows, tiling.parts(n)), dtype=torch.float32), residual.clone())
+        for _ in range(ranks)
+    ]
+    addresses = [
+        torch.tensor([inboxes[other, rank].data_ptr() for other in range(ranks)], device=residual.device)
+        for rank in range(ranks)
+    ]
+    cut: dict[str, int] = {
+        "block_rows": tiling.block_rows,
+        "cluster": tiling.splits,
+        "slices": tiling.block_k // cluster_linear.SLICE,
+        "stages": tiling.stages,
+    }
+    kernel_of(source_of(*list(cut.values())[:3], adds=True, ranks=ranks), residual.device)  # compiled, and loaded
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+    torch.cuda.synchronize()
+    for rank, (stream, (total, squares, scaled)) in enumerate(zip(streams, results, strict=True)):
+        added = cluster_linear.Added(residual, gain, total, squares)
+        push = Push(rank, addresses[rank])
+        with torch.cuda.stream(stream):
+            cluster_linear.cluster_linear(
+                inputs[rank].x,
+                inputs[rank].weight,
+                scaled,
+                added=added,
+                push=push,
+                inboxes=inboxes[rank],
+                pdl=True,
+                **cut,
+            )
+    torch.cuda.synchronize()
+    return results
 
 
 @pytest.mark.parametrize(
