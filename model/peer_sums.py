@@ -124,9 +124,9 @@ class PeerSums:
 
     `logits` gathers what other parts of the memory are for. With `layers_sum`, layers may compute sums by themselves.
 
-    To make one is a collective operation, with the same `limits`, `dtype` and `layers_sum` on every rank of `group`, none of which
-    has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same order, of the
-    same shapes, and no two of the same place in a row; and gathers the same logits among them.
+    To make one is a collective operation, with the same `limits`, `dtype` and `layers_sum` on every rank of `group`,
+    none of which has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same
+    order, of the same shapes, and no two of the same place in a row; and gathers the same logits among them.
 
     In how many shots a sum is made depends on shape and dtype alone: it is the same for all sums of a step. That
     matters, since in two shots a rank has only its own rows of the residual stream, and results lie in shared memory:
