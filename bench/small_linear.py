@@ -79,11 +79,6 @@ class Layer:
         return self.behind is not None
 
     @property
-    def alone(self) -> bool:
-        """Whether nothing stands in front of what it adds or puts out, so that it may be computed in clusters."""
-        return not self.scaled and not self.gated
-
-    @property
     def num_bytes(self) -> int:
         return 2 * self.n * self.k
 
@@ -129,7 +124,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
     default = default_tiling(layer.work(rows))
     if default is not None:
         yield Variant(default)
-    if layer.alone and rows <= 64:
+    if not layer.gated and rows <= 64:
         for tiling in _cluster_tilings(layer, rows):
             yield Variant(tiling)
     if rows <= 2:

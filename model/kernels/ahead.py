@@ -120,7 +120,7 @@ def compile_ahead(
 
 @contextmanager
 def _launches_tried() -> Iterator[dict[object, _Wanted]]:
-    """Launch nothing, and collect the kernels that this process has not compiled yet."""
+    """Launch nothing, and collect the kernels: of Triton's, those that this process has not compiled yet."""
     wanted: dict[object, _Wanted] = {}  # by what tells them apart
     run = triton.JITFunction.run
 

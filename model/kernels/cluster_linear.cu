@@ -9,7 +9,7 @@
 // sums of 64 / CLUSTER features to the program of the cluster that owns those, into its shared memory, where they are
 // added in a fixed order. Who owns features applies what stands around the product.
 //
-// Defined before this text: ROWS, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is still to be
+// Defined before this text: ROWS, 8 to 64, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is still to be
 // multiplied by 1 / rms of its rows; ADDS, whether there is a residual; RANKS, 0 if there is only this one; EMPTY, the
 // bits of an element of an inbox that has not come; and what the instruction that multiplies needs as text: its SHAPE, and
 // as many names as a thread has sums: SUM_NAMES ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the
@@ -48,6 +48,7 @@ __device__ __forceinline__ void expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Until the bytes that are expected have come: of tiles, which only matrix units read.
 __device__ __forceinline__ void await(u32 barrier, int phase) {
   asm volatile(
       "{\n"
@@ -56,6 +57,19 @@ __device__ __forceinline__ void await(u32 barrier, int phase) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra AGAIN;\n"
       "}" ::"r"(barrier), "r"(phase)
+      : "memory");
+}
+
+// Until all bytes have come that other programs send, so that threads see them. (With this scope the L1 cache is emptied,
+// which in the loop over tiles would take longer than the loop.)
+__device__ __forceinline__ void await_others(u32 barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra AGAIN;\n"
+      "}" ::"r"(barrier)
       : "memory");
 }
 
@@ -164,8 +178,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     return;
   }
 
-  // So many threads add up a row's squares.
-  constexpr int OF_ROW = WARPS * 32 / ROWS;
+  // So many threads, a power of two, add up a row's squares.
+  constexpr int OF_ROW = ROWS <= 8 ? 16 : ROWS <= 16 ? 8 : ROWS <= 32 ? 4 : 2;
   float mean = 0.f;
   if (SCALED && threadIdx.x / OF_ROW < rows) {
     const float* of_row = scale_squares + (u64)(threadIdx.x / OF_ROW) * parts;
@@ -202,15 +216,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     if (i > 0 && i - 1 + stages < steps) {  // the tiles before have been read, and others are to come in their place
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      const int before = stage == 0 ? stages - 1 : stage - 1;
-      if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(free + 8 * before) : "memory");
+      const int last = stage == 0 ? stages - 1 : stage - 1;
+      if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(free + 8 * last) : "memory");
     }
     if (++stage == stages) stage = 0, phase ^= 1;
   }
   if (SCALED) {
 #pragma unroll
     for (int distance = 1; distance < OF_ROW; distance *= 2) mean += __shfl_xor_sync(~0u, mean, distance);
-    if (threadIdx.x % OF_ROW == 0) scales[threadIdx.x / OF_ROW] = rsqrtf(mean / k + eps);
+    if (threadIdx.x % OF_ROW == 0 && threadIdx.x / OF_ROW < ROWS) scales[threadIdx.x / OF_ROW] = rsqrtf(mean / k + eps);
     asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
   }
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -228,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
                      to + i * (u32)sizeof inbox[0][0]),
                  "f"(sum[4 * i]), "f"(sum[4 * i + 1]), "f"(sum[4 * i + 2]), "f"(sum[4 * i + 3]), "r"(to_barrier)
                  : "memory");
-  await(arrived, 0);
+  await_others(arrived);
 
   float4 sums[TURNS];
 #pragma unroll

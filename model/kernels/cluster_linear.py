@@ -29,8 +29,8 @@ SLICE = 64
 """Columns of a tile come in slices: what is swizzled is 128 bytes wide."""
 _THREADS = 160  # four warps that multiply, and one that fetches
 _ALIGNMENT = 1024  # of swizzled memory
-SHARED_BYTES = 232_448
-"""What a program of a Hopper may have."""
+_SHARED_BYTES = 228 << 10  # of a Hopper's multiprocessor
+_RESERVED_BYTES = 1 << 10  # of each program's
 MAX_STAGES = 32
 
 
@@ -46,12 +46,12 @@ class Added(NamedTuple):
 def source_of(
     rows: int, cluster: int, slices: int, *, scaled: bool = False, adds: bool = False, ranks: int = 0
 ) -> Source:
-    """Return the kernel for up to so many rows, a multiple of 8, `cluster` programs, and tiles of so many slices.
+    """Return the kernel for up to so many rows, 8 to 64 in steps of 8, `cluster` programs, and tiles of so many slices.
 
     With `scaled`, x is still to be scaled, and with `adds` there is a residual. With ranks, of which one is this one,
     the result goes to their memory; with `adds` all add up what has come.
     """
-    assert rows % 8 == 0, rows
+    assert rows in range(8, 65, 8), rows
     assert cluster in (2, 4), cluster
     sums = rows // 2  # of a thread
     return Source(
@@ -73,10 +73,10 @@ def source_of(
     )
 
 
-def most_stages(rows: int, slices: int) -> int:
-    """Return how many tiles of each operand a program has room for."""
-    fixed = _ALIGNMENT + (FEATURES + 1) * rows * 4 + (2 * MAX_STAGES + 2) * 8
-    return min((SHARED_BYTES - fixed) // _stage_bytes(rows, slices), MAX_STAGES)
+def most_stages(rows: int, slices: int, programs: int = 1) -> int:
+    """Return how many tiles of each operand a program has room for, of so many on a multiprocessor."""
+    fixed = _RESERVED_BYTES + _ALIGNMENT + (FEATURES + 1) * rows * 4 + (2 * MAX_STAGES + 2) * 8
+    return min((_SHARED_BYTES // programs - fixed) // _stage_bytes(rows, slices), MAX_STAGES)
 
 
 def squared(rows: int, cluster: int) -> int:

@@ -128,6 +128,7 @@ def kernel_of(source: Source, device: torch.device) -> Kernel | None:
 
 @cache
 def _loaded(source: Source, device: torch.device) -> Kernel:
+    assert device.index in (None, torch.cuda.current_device()), f"{device} is not the current device"
     return Kernel(source)
 
 
@@ -171,14 +172,14 @@ def number(value: float) -> tuple[float, type[Any]]:
 
 @cache
 def compiles(device: torch.device) -> bool:
-    """Tell whether kernels in CUDA C++ can be compiled and run on a device."""
-    return is_hopper(device) and _has_nvrtc()
-
-
-@cache
-def _has_nvrtc() -> bool:
+    """Tell whether kernels in CUDA C++ can be compiled and run on a device; if a Hopper cannot, log why."""
+    if not is_hopper(device):
+        return False
     try:
-        _checked(_nvrtc().nvrtcVersion())
+        compiler = _checked(_nvrtc().nvrtcVersion())
+        newest = _checked(_driver().cuDriverGetVersion()) // 1000
+        if compiler[0] > newest:
+            raise CudaSourceError(f"the driver knows CUDA {newest}, and may not load what NVRTC {compiler[0]} makes")
     except Exception as error:  # of the import, of the search for the library, or the library's own
         logger.warning("kernels in CUDA C++ cannot be compiled, others are used instead: %s", error)
         return False
@@ -191,15 +192,21 @@ def _compile(source: Source) -> bytes:
     try:
         result, *_ = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), [option.encode() for option in _OPTIONS])
         if int(result):
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            nvrtc.nvrtcGetProgramLog(program, log)
+            log = _room(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
             said = log.rstrip(b"\0 \n").decode(errors="replace")
             raise CudaSourceError(f"{source.file} with {dict(source.macros)}: {said}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        size = _checked(nvrtc.nvrtcGetCUBINSize(program))
+        cubin = _room(size)
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return cubin
+    return cubin[:size]
+
+
+def _room(size: int) -> bytes:
+    """Return bytes that NVRTC may write over: more than one, since Python shares those of length one."""
+    return bytes(size + 2)
 
 
 @cache

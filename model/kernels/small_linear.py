@@ -80,6 +80,10 @@ class Tiling:
             assert self.block_n == cluster_linear.FEATURES, "a program of cluster has 64 weight rows"
             assert self.block_k % cluster_linear.SLICE == 0, "a tile of cluster is made of slices"
             assert self.rows <= self.block_rows, "a program of cluster has all rows"
+            assert self.block_rows in range(8, 65, 8), "a program of cluster has 8 to 64 rows, in steps of 8"
+            assert self.splits in (2, 4), "a cluster has two or four programs"
+            assert self.warps == 4, "four warps of cluster multiply"
+            assert self.stages >= 2, "a ring has two places or more"
         else:
             narrow = self.pieces[1]
             assert narrow & (narrow - 1) == 0, f"{self.block_n} is no sum of two powers of two"

@@ -121,14 +121,14 @@ CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(1, 4096, 6144): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B/2 down: 12.0, else 12.9
     }
 )
-"""Where layers with nothing in front of what they add or put out have clusters cut otherwise than `cluster_tiling`
-says; None where something else is faster."""
+"""Where layers without bias and gate have clusters cut otherwise than `cluster_tiling` says; None where something else
+is faster."""
 
 
 def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, clusters: bool = False) -> Tiling | None:
     """Return how to launch a linear layer for so many rows, whose result is pushed to other ranks or not.
 
-    `clusters` says that cluster can compute it: the GPU has them, and nothing stands in front of what is added.
+    `clusters` says that cluster can compute it: the GPU has them, and the layer has no bias.
     None where separate kernels are to be used: they are faster, the rows too many, or k is not divisible by 8.
     """
     row_class = next((most for most in ROW_CLASSES if rows <= most), None)
@@ -173,15 +173,16 @@ def cluster_tiling(work: Work) -> Tiling | None:
     four are the better also where there are more, two programs to a multiprocessor.
     """
     clusters = work.n // cluster_linear.FEATURES
-    size = 4 if 4 * clusters <= 120 or (work.rows <= 16 and clusters < 64) else 2
-    block_k = 2 * cluster_linear.SLICE
-    cut = work.n % cluster_linear.FEATURES == 0 == work.k % (size * block_k)
-    if work.gated or not cut or not 2 <= work.rows <= 64 or (size == 2 and 2 * clusters > 132):
+    if work.gated or work.n % cluster_linear.FEATURES or not 2 <= work.rows <= 64:
         return None
-    rows = max(8, work.rows)
-    room = cluster_linear.most_stages(rows, 2) // (2 if 4 * clusters > 120 and size == 4 else 1)
-    stages = min(room, work.k // (size * block_k))
-    return Tiling("cluster", work.rows, cluster_linear.FEATURES, block_k, 4, size, stages, rows) if stages > 1 else None
+    rows, slices = max(8, work.rows), 2
+    block_k = slices * cluster_linear.SLICE
+    for size, programs, at_a_time in ((4, 1, 120), (4, 2, 240), (2, 1, 132)):
+        stages = min(cluster_linear.most_stages(rows, slices, programs), work.k // (size * block_k))
+        fits = size * clusters <= at_a_time and work.k % (size * block_k) == 0 and stages > 1
+        if fits and (programs == 1 or work.rows <= 16):
+            return Tiling("cluster", work.rows, cluster_linear.FEATURES, block_k, 4, size, stages, rows)
+    return None
 
 
 def _fma_tiling(work: Work) -> Tiling:

@@ -12,7 +12,7 @@ from bench.shapes import SIZES
 from model.kernels import cluster_linear
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling
-from model.kernels.tilings import Work, cluster_tiling, default_tiling, tiling_for
+from model.kernels.tilings import Work, cluster_tiling, default_tiling, summing_tiling_for, tiling_for
 from tests.model.kernels.test_compiling import SHARED_BYTES
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -86,9 +86,10 @@ def table_of(line: str) -> dict[object, object]:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
     """In shared memory, whether the model uses it or the sweep tries it; and squares in the registers of a thread."""
-    for layer, rows in product(layers_of(f"{size}/{ranks}", tmp_path), ROW_CLASSES):
-        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, clusters=layer.alone)
-        pushed = tiling_for(rows, layer.n, layer.k, gated=False, push=True, clusters=True) if layer.alone else None
+    layers = layers_of(f"{size}/{ranks}", tmp_path)
+    for layer, rows in product(layers, ROW_CLASSES):
+        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, clusters=not layer.gated)
+        pushed = tiling_for(rows, layer.n, layer.k, gated=False, push=True, clusters=True) if not layer.gated else None
         for tiling in [used, pushed, *(variant.tiling for variant in variants_for(layer, rows))]:
             if tiling is not None and tiling.form == "ring":
                 tile_bytes = 2 * (tiling.block_rows + tiling.block_n) * tiling.block_k
@@ -96,9 +97,19 @@ def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
             if tiling is not None and tiling.form == "cluster":
                 slices = tiling.block_k // cluster_linear.SLICE
                 assert 2 <= tiling.stages <= cluster_linear.most_stages(tiling.block_rows, slices), tiling
-        if used is not None and used.form == "ring" and layer.scaled:
-            squares = used.block_rows * triton.next_power_of_2(layer.parts(rows))
+        if used is not None and used.form == "ring" and (parts := parts_before(layer, rows, layers)):
+            squares = used.block_rows * triton.next_power_of_2(parts)
             assert squares // (32 * used.warps) <= 64, (layer, used)
+
+
+def parts_before(layer: Layer, rows: int, layers: list[Layer]) -> int:
+    """How many sums of squares a row has in front of a layer, at most; 0 where it has been normed."""
+    if layer.scaled:
+        return layer.parts(rows)
+    names = {"qkv": "down", "gate_up": "o"}
+    before = next((other for other in layers if other.name == names.get(layer.name)), None)
+    summing = None if before is None else summing_tiling_for(rows, before.n, before.k)
+    return 0 if summing is None or before is None else summing.parts(before.n)
 
 
 @pytest.mark.parametrize("rows", ROW_CLASSES)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,7 @@ def stand_in() -> dict[str, Any]:
         "is_hopper": lambda _: True,
         "multiprocessors": lambda _: 132,
         "library_of": lambda _: None,  # of cuBLASLt, which would want a device
+        "compiles": lambda _: find_spec("cuda") is not None and find_spec("cuda.bindings") is not None,
         "kernel_of": compile_source,
         "tensor_map": lambda *_: (None, None),
     }
@@ -226,11 +228,12 @@ def describe(kernel: Any) -> dict[str, object]:
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     numbers = re.search(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)", usage)
+    fixed = re.search(r"SHARED:(\d+)", usage)  # what Triton's kernels have is all of the other kind
     assert numbers is not None, usage
     return {
         "name": kernel.metadata.name,
         "dependent": kernel.metadata.launch_pdl,
-        "shared": kernel.metadata.shared,
+        "shared": kernel.metadata.shared + (int(fixed[1]) if fixed and isinstance(kernel, LaunchOfSource) else 0),
         **{name: int(number) for name, number in numbers.groupdict().items()},
     }
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from bench.shapes import write_config
 
 pytest.importorskip("triton")
-pytest.importorskip("cuda.bindings.nvrtc", reason="compiles CUDA C++")
 
+HAS_NVRTC = {"cluster_linear"} if find_spec("cuda") and find_spec("cuda.bindings") else set()
 SHARED_BYTES = 227 << 10  # that a program of a Hopper can have
 STACK_BYTES = 64  # for a register or two that one or the other version of the compiler cannot place
 ALWAYS = {
@@ -84,7 +85,7 @@ def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, ot
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     kernels: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {kernel["name"] for kernel in kernels} == ALWAYS | others
+    assert {kernel["name"] for kernel in kernels} == ALWAYS | others - ({"cluster_linear"} - HAS_NVRTC)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_BYTES, kernel
         assert kernel["stack"] <= STACK_BYTES or dtype == "float32", f"registers are spilled: {kernel}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,21 +51,40 @@ def test_an_error_names_file_and_line(nvrtc: Any, cache: Path) -> None:
     assert not broken.in_cache()
 
 
-def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setattr(cuda_source, "is_hopper", lambda device: True)
-    cuda_source.compiles.cache_clear()
-    cuda_source._has_nvrtc.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not cuda_source.compiles(torch.device("cpu"))
-            assert not cuda_source.compiles(torch.device("meta"))
-    finally:
+@pytest.fixture
+def hopper() -> Iterator[torch.device]:
+    """Something that is taken for one; what is found out about it is forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_source, "is_hopper", lambda device: True)
         cuda_source.compiles.cache_clear()
-        cuda_source._has_nvrtc.cache_clear()
+        yield torch.device("cpu")
+    cuda_source.compiles.cache_clear()
+
+
+def test_without_a_compiler_there_are_none(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with caplog.at_level(logging.WARNING):
+        assert not cuda_source.compiles(hopper)
+        assert not cuda_source.compiles(hopper)
     assert len(caplog.messages) == 1, "once in a process"
     assert "others are used instead" in caplog.messages[0]
-    assert not cuda_source.compiles(torch.device("cpu")), "which is no Hopper"
+
+
+@pytest.mark.parametrize(("version", "loads"), [(12090, False), (13000, True), (14010, True)])
+def test_the_driver_must_know_what_the_compiler_makes(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: int, loads: bool
+) -> None:
+    monkeypatch.setattr(cuda_source, "_nvrtc", lambda: SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0)))
+    monkeypatch.setattr(cuda_source, "_driver", lambda: SimpleNamespace(cuDriverGetVersion=lambda: (0, version)))
+    with caplog.at_level(logging.WARNING):
+        assert cuda_source.compiles(hopper) is loads
+    assert bool(caplog.messages) is not loads
+
+
+def test_other_devices_have_none() -> None:
+    assert not cuda_source.compiles(torch.device("cpu"))
 
 
 def test_the_compiler_is_imported_where_it_is_needed() -> None:

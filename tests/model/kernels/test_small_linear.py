@@ -316,6 +316,21 @@ def test_cluster(triton_device: torch.device, tiling: Tiling, shape: tuple[int, 
         of_row = (x[row : row + 1], inputs.weight, None, residual[row : row + 1], gain, EPS)
         alone, _ = small_linear_add_norm_triton(*of_row, tiling=tiling)
         assert torch.equal(alone.x[0], normed.x[row]), "a row does not depend on others"
+        outputs = [
+            poisoned(rows + 1, width, dtype=of, device=triton_device)
+            for width, of in ((n, dtype), (tiling.parts(n), torch.float32), (n, dtype))
+        ]
+        added = cluster_linear.Added(residual, gain, *(memory[:rows] for memory in outputs[:2]))
+        cluster_linear.cluster_linear(x, inputs.weight, outputs[2][:rows], added=added, pdl=False, **cut_of(tiling))
+        for memory, expected in zip(outputs, (total, normed.scale.squares, normed.x), strict=True):
+            assert torch.equal(memory[:rows], expected)
+            assert memory[rows:].isnan().all(), "nothing past the rows is written"
+
+
+def cut_of(tiling: Tiling) -> dict[str, int]:
+    """How `cluster_linear` is told of a tiling."""
+    slices = tiling.block_k // cluster_linear.SLICE
+    return {"block_rows": tiling.block_rows, "cluster": tiling.splits, "slices": slices, "stages": tiling.stages}
 
 
 @pytest.mark.gpu
@@ -368,12 +383,7 @@ def sum_beside_one_another(
         torch.tensor([inboxes[other, rank].data_ptr() for other in range(ranks)], device=residual.device)
         for rank in range(ranks)
     ]
-    cut: dict[str, int] = {
-        "block_rows": tiling.block_rows,
-        "cluster": tiling.splits,
-        "slices": tiling.block_k // cluster_linear.SLICE,
-        "stages": tiling.stages,
-    }
+    cut = cut_of(tiling)
     kernel_of(source_of(*list(cut.values())[:3], adds=True, ranks=ranks), residual.device)  # compiled, and loaded
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     torch.cuda.synchronize()
