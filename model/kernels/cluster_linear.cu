@@ -1,5 +1,5 @@
-// out = x . weight^T for few rows, also to other ranks; or total = residual + x . weight^T, maybe summed over all ranks,
-// out = total * gain and sums of total's squares: see cluster_linear.py.
+// out = x . weight^T for few rows; or total = residual + x . weight^T, or its sum over all ranks, out = total * gain
+// and sums of total's squares: see cluster_linear.py.
 //
 // x [rows, k], weight [n, k], residual, total, out [rows, n], gain [n]: bfloat16. squares [rows, n / SQUARED] and
 // scale_squares [rows, parts]: float32.
@@ -9,31 +9,33 @@
 // sums of 64 / CLUSTER features to the program of the cluster that owns those, into its shared memory, where they are
 // added in a fixed order. Who owns features applies what stands around the product.
 //
-// Defined before this text: ROWS, 8 to 64, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is still to be
-// multiplied by 1 / rms of its rows; ADDS, whether there is a residual; RANKS, 0 if there is only this one; EMPTY, the
-// bits of an element of an inbox that has not come; and what the instruction that multiplies needs as text: its SHAPE, and
-// as many names as a thread has sums: SUM_NAMES ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the
-// two operands behind them, LEFT and RIGHT.
+// Defined before this text: ROWS, 8 to 64, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is
+// still to be multiplied by 1 / rms of its rows; ADDS, whether there is a residual; RANKS, with ADDS, over how many the
+// sum is, 0 if there is only this one; EMPTY, the bits of an element of an inbox that has not come; and what the
+// instruction that multiplies needs as text: its SHAPE, and as many names as a thread has sums: SUM_NAMES
+// ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the two operands behind them, LEFT and RIGHT.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-struct alignas(64) TensorMap { u64 opaque[16]; };
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
 
-constexpr int FEATURES = 64;   // of a cluster
-constexpr int SLICE = 64;      // columns: 128 bytes, which is as wide as memory can be swizzled
+constexpr int FEATURES = 64;             // of a cluster
+constexpr int SLICE = 64;                // columns: 128 bytes, which is as wide as memory can be swizzled
 constexpr int COLUMNS = SLICES * SLICE;  // of a tile
-constexpr int PART = 16;       // features of a warp
-constexpr int WARPS = 4;       // that multiply, beside one that fetches
+constexpr int PART = 16;                 // features of a warp
+constexpr int WARPS = 4;                 // that multiply, beside one that fetches
 constexpr int MAX_STAGES = 32;
 constexpr int WEIGHT_BYTES = FEATURES * COLUMNS * 2;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * COLUMNS * 2;
-constexpr int CHUNKS = ROWS / 8;                 // of eight rows, of which a thread has two for two features
-constexpr int OWNED = WARPS / CLUSTER;           // parts of PART features that a program owns
-constexpr int UNITS = OWNED * CHUNKS;            // of PART features and eight rows, each the work of a warp
+constexpr int CHUNKS = ROWS / 8;        // of eight rows, of which a thread has two for two features
+constexpr int OWNED = WARPS / CLUSTER;  // parts of PART features that a program owns
+constexpr int UNITS = OWNED * CHUNKS;   // of PART features and eight rows, each the work of a warp
 constexpr int TURNS = (UNITS + WARPS - 1) / WARPS;
-constexpr bool WHOLE = CHUNKS % WARPS == 0;      // a warp has all units of its rows
+constexpr bool WHOLE = CHUNKS % WARPS == 0;           // a warp has all units of its rows
 constexpr int SQUARED = WHOLE ? OWNED * PART : PART;  // features of a sum of squares
 
 __device__ __forceinline__ u32 address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
@@ -56,12 +58,13 @@ __device__ __forceinline__ void await(u32 barrier, int phase) {
       "AGAIN:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra AGAIN;\n"
-      "}" ::"r"(barrier), "r"(phase)
+      "}" ::"r"(barrier),
+      "r"(phase)
       : "memory");
 }
 
-// Until all bytes have come that other programs send, so that threads see them. (With this scope the L1 cache is emptied,
-// which in the loop over tiles would take longer than the loop.)
+// Until all bytes have come that other programs send, so that threads see them. (With this scope the L1 cache is
+// emptied, which in the loop over tiles would take longer than the loop.)
 __device__ __forceinline__ void await_others(u32 barrier) {
   asm volatile(
       "{\n"
@@ -76,22 +79,28 @@ __device__ __forceinline__ void await_others(u32 barrier) {
 // Features of a part lie so that a thread gets neighbours: the even ones of the part first, then the odd ones.
 __device__ __forceinline__ void fetch_weight(u32 to, const TensorMap* map, u32 barrier, int slice, int part) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%5, %5, %5, %4, %3}], [%2];" ::"r"(to),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%5, %5, %5, %4, %3}], "
+      "[%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(slice), "r"(part), "r"(0)
       : "memory");
 }
 
 __device__ __forceinline__ void fetch_x(u32 to, const TensorMap* map, u32 barrier, int slice) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%4, %4, %3}], [%2];" ::"r"(to),
-               "l"(map), "r"(barrier), "r"(slice), "r"(0)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%4, %4, %3}], [%2];" ::
+          "r"(to),
+      "l"(map), "r"(barrier), "r"(slice), "r"(0)
+      : "memory");
 }
 
 // What tells matrix units where an operand lies: swizzled by 128 bytes, groups of eight rows behind one another.
-__device__ __forceinline__ u64 operand(u32 at) { return (u64)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+__device__ __forceinline__ u64 operand(u32 at) {
+  return (u64)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
 
 __device__ __forceinline__ void multiply(float* sum, u64 weight, u64 x) {
-  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" SUM_NAMES "}, " LEFT ", " RIGHT ", 1, 1, 1, 0, 0;"
+  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" SUM_NAMES "}, " LEFT ", " RIGHT
+               ", 1, 1, 1, 0, 0;"
                : SUMS
                : "l"(weight), "l"(x));
 }
@@ -116,11 +125,11 @@ __device__ __forceinline__ u32 take(u32* place) {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     cluster_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
-                   const float* scale_squares,           // read only with SCALED, as parts and eps are
-                   const u16* residual, const u16* gain, // read, and total and squares written, only with ADDS
+                   const float* scale_squares,            // read only with SCALED, as parts and eps are
+                   const u16* residual, const u16* gain,  // read, and total and squares written, only with ADDS
                    u16* total, float* squares, u16* out,
-                   u16* const* inboxes,                  // with RANKS: of each, what this one's sums come into
-                   u16* inbox_of_rank, int inbox_size,   // with RANKS and ADDS: this one's, [RANKS, inbox_size]
+                   u16* const* inboxes,  // [RANKS]: of each rank, the one that this rank's sums come into
+                   u16* inbox_of_rank, int inbox_size,  // this rank's, [RANKS, inbox_size]
                    int rank, float eps, int parts, int rows, int n, int k, int stages) {
   extern __shared__ char memory[];
   __shared__ u64 ready_barriers[MAX_STAGES], free_barriers[MAX_STAGES], arrived_barrier;
@@ -144,7 +153,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       for (int i = 0; i < early; i++) {
         expect(ready + 8 * i, STAGE_BYTES);
-        fetch_weight(tiles + i * STAGE_BYTES, &weight_map, ready + 8 * i, (first + i) * SLICES, features * (FEATURES / PART));
+        fetch_weight(tiles + i * STAGE_BYTES, &weight_map, ready + 8 * i, (first + i) * SLICES,
+                     features * (FEATURES / PART));
       }
       expect(arrived, sizeof inbox);
       asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
@@ -168,7 +178,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
       for (int i = stages, stage = 0, phase = 0; i < steps; i++) {
         await(free + 8 * stage, phase);
         expect(ready + 8 * stage, STAGE_BYTES);
-        fetch_weight(tiles + stage * STAGE_BYTES, &weight_map, ready + 8 * stage, (first + i) * SLICES, features * (FEATURES / PART));
+        fetch_weight(tiles + stage * STAGE_BYTES, &weight_map, ready + 8 * stage, (first + i) * SLICES,
+                     features * (FEATURES / PART));
         fetch_x(tiles + stage * STAGE_BYTES + WEIGHT_BYTES, &x_map, ready + 8 * stage, (first + i) * SLICES);
         if (++stage == stages) stage = 0, phase ^= 1;
       }
@@ -186,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
 #pragma unroll 16
     for (int i = threadIdx.x % OF_ROW; i < parts; i += OF_ROW) mean += of_row[i];
   }
-  // What is added and multiplied comes while the products are computed. A thread has two features of two rows of a unit.
+  // What is added and multiplied comes while products are computed. A thread has two features of two rows of a unit.
   u32 added[TURNS][2], gains[TURNS];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
@@ -238,10 +249,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
   const u32 to_barrier = address_of(arrived, warp / OWNED);
 #pragma unroll
   for (int i = 0; i < CHUNKS; i++)
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     to + i * (u32)sizeof inbox[0][0]),
-                 "f"(sum[4 * i]), "f"(sum[4 * i + 1]), "f"(sum[4 * i + 2]), "f"(sum[4 * i + 3]), "r"(to_barrier)
-                 : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            to + i * (u32)sizeof inbox[0][0]),
+        "f"(sum[4 * i]), "f"(sum[4 * i + 1]), "f"(sum[4 * i + 2]), "f"(sum[4 * i + 3]), "r"(to_barrier)
+        : "memory");
   await_others(arrived);
 
   float4 sums[TURNS];
@@ -288,7 +300,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
           a = b = 0.f;
 #pragma unroll
           for (int other = 0; other < RANKS; other++) {
-            const u32 summand = other == rank ? mine : row < rows ? take((u32*)(inbox_of_rank + (u64)other * inbox_size + place)) : 0;
+            const u32 summand = other == rank ? mine
+                                : row < rows  ? take((u32*)(inbox_of_rank + (u64)other * inbox_size + place))
+                                              : 0;
             a += low(summand), b += high(summand);
           }
           const u32 sum = pack(a, b);

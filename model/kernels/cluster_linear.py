@@ -19,7 +19,7 @@ import torch
 
 from model.kernels.cuda_source import Source, kernel_of, number, pointer, tensor_map
 from model.kernels.norm import Scale
-from model.kernels.peer_sum import EMPTY, Push
+from model.kernels.peer_sum import EMPTY, Pushed
 
 FEATURES = 64
 """A cluster's, the rows of matrix units' left operand."""
@@ -48,8 +48,8 @@ def source_of(
 ) -> Source:
     """Return the kernel for up to so many rows, 8 to 64 in steps of 8, `cluster` programs, and tiles of so many slices.
 
-    With `scaled`, x is still to be scaled, and with `adds` there is a residual. With ranks, of which one is this one,
-    the result goes to their memory; with `adds` all add up what has come.
+    With `scaled`, x is still to be scaled, and with `adds` there is a residual, to which it may be the sum over so many
+    ranks that is added.
     """
     assert rows in range(8, 65, 8), rows
     assert cluster in (2, 4), cluster
@@ -91,30 +91,28 @@ def cluster_linear(
     *,
     scale: Scale | None = None,
     added: Added | None = None,
-    push: Push | None = None,
-    inboxes: torch.Tensor | None = None,
+    pushed: Pushed | None = None,
     block_rows: int,
     cluster: int,
     slices: int,
     stages: int,
     pdl: bool,
 ) -> None:
-    """Write out = x @ weight.T, with `push` to the other ranks too, or with `added` that * gain behind its addition.
+    """Write out = x @ weight.T, or with `added` that * gain behind its addition.
 
-    With `scale` x is one that is still to be scaled. With `added` and `push`, what is added is the sum of all ranks'
-    x @ weight.T, each rounded, in the order of the ranks and rounded; those of the others come into `inboxes` [ranks,
-    elements], which are empty before and after.
+    With `scale` x is one that is still to be scaled. With `pushed`, what is added is the sum of all ranks' products,
+    each rounded, in the order of the ranks and rounded; this rank's inboxes are empty before and after.
     x: [rows, k], of at least 1 and up to `block_rows` rows. weight: [n, k], n a multiple of 64, k of
     64 * slices * cluster. out, residual and total: [rows, n]. gain: [n]. All of bfloat16 and contiguous.
     squares: [rows, n / squared(block_rows, cluster)] float32.
     """
-    assert (inboxes is not None) == (added is not None and push is not None), "what is summed comes into inboxes"
+    assert pushed is None or added is not None, "what is summed is added"
     rows, (n, k) = x.shape[0], weight.shape
     assert 0 < rows <= block_rows, f"{rows} rows, and room for {block_rows}"
     assert n % FEATURES == 0, f"{n} features are no whole number of {FEATURES}"
     assert k % (SLICE * slices * cluster) == 0, f"{k} columns are no whole number of tiles for each of {cluster}"
     assert 2 <= stages <= most_stages(block_rows, slices), f"{stages} stages"
-    ranks = 0 if push is None else push.inboxes.shape[0]
+    ranks = 0 if pushed is None else len(pushed.inboxes)
     source = source_of(block_rows, cluster, slices, scaled=scale is not None, adds=added is not None, ranks=ranks)
     kernel = kernel_of(source, x.device)
     if kernel is None:
@@ -130,9 +128,9 @@ def cluster_linear(
         tensor_map(x, (SLICE, rows, columns[1]), (k, SLICE), (SLICE, block_rows, slices)),
         # A pointer that nothing is read through stands for what is not given.
         pointer(out if scale is None else scale.squares),
-        *map(pointer, (*(added or (out,) * 4), out, out if push is None else push.inboxes)),
-        pointer(out if inboxes is None else inboxes),
-        *map(number, (0 if inboxes is None else inboxes.shape[1], 0 if push is None else push.rank)),
+        *map(pointer, (*(added or (out,) * 4), out)),
+        *map(pointer, (out, out) if pushed is None else (pushed.push.inboxes, pushed.inboxes)),
+        *map(number, (0, 0) if pushed is None else (pushed.inboxes.shape[1], pushed.push.rank)),
         number(0.0 if scale is None else scale.eps),
         *map(number, (0 if scale is None else scale.squares.shape[1], rows, n, k, stages)),
         cluster=cluster,

@@ -36,11 +36,10 @@ def linear(
     x: [rows, k], contiguous. weight: [n, k], or as `packed.pack` made it. bias: [n]. `out` is where the result goes if
     nothing speaks against it. With `push`, for which `can_push` must be true, it goes to the other ranks too.
     """
-    of = _tiling if push is None else _pushing
-    tiling = of(x, weight, clusters=bias is None)
+    tiling = _tiling(x, weight, clusters=bias is None) if push is None else _pushing(x, weight)
     if tiling is not None:
         return small_linear_triton(x, weight, bias, out=out, push=push, tiling=tiling, pdl=bool(dependent_launch(x)))
-    assert push is None, "no library pushes"
+    assert push is None, "only ring pushes"
     return _separate(x, weight, bias, out=out)
 
 
@@ -56,7 +55,7 @@ def sums(device: torch.device, dtype: torch.dtype) -> bool:
 
 def can_push(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tell whether `linear` can push its result to other ranks: where `pushes`, this depends on shapes alone."""
-    return _pushing(x, weight, clusters=False) is not None  # some rank has a bias, maybe, which clusters do not add
+    return _pushing(x, weight) is not None
 
 
 def can_sum(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -141,11 +140,11 @@ def _tiling(
     return tiling
 
 
-def _pushing(x: torch.Tensor, weight: torch.Tensor, *, clusters: bool) -> Tiling | None:
-    """How to compute a layer that pushes; None where it cannot. Of one row or two, too, fma does not: its programs have
-    but a few features each, and would wait long for those to arrive."""
-    tiling = _tiling(x, weight, push=True, clusters=clusters)
-    return tiling if tiling is not None and tiling.form != "fma" else None
+def _pushing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
+    """How to compute a layer that pushes; None where it cannot. Of one row or two, too, only ring does: programs of fma
+    have but a few features each, and would wait long for those to arrive."""
+    tiling = _tiling(x, weight, push=True)
+    return tiling if tiling is not None and tiling.form == "ring" else None
 
 
 def _summing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:

@@ -152,7 +152,7 @@ def small_linear_triton(
     """As `small_linear_torch`, for as many rows as the tiling takes, and k divisible by 8.
 
     The result is written to `out`, contiguous and of its shape and dtype, where that is given, and with `push`, which
-    only ring and cluster can do, to the other ranks too.
+    only ring can do, to the other ranks too.
     `pdl` makes it a dependent launch, for which a GPU of compute capability 9 or later is needed.
     """
     if out is None:
@@ -182,9 +182,8 @@ def small_linear_add_norm_triton(
     scaled, total = torch.empty_like(residual), torch.empty_like(residual)
     squares = torch.empty((x.shape[0], tiling.parts(weight.shape[0])), dtype=torch.float32, device=x.device)
     assert pushed is None or tiling.form == "cluster", f"{tiling.form} adds up nothing of other ranks"
-    push, inboxes = (None, None) if pushed is None else (pushed.push, pushed.inboxes)
     added = (residual, gain, total, squares)
-    _launch(x, weight, bias, scaled, added=added, push=push, inboxes=inboxes, tiling=tiling, pdl=pdl)
+    _launch(x, weight, bias, scaled, added=added, pushed=pushed, tiling=tiling, pdl=pdl)
     return Normed(scaled, Scale(squares, total, gain, eps)), total
 
 
@@ -198,7 +197,7 @@ def _launch(
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     gated: bool = False,
     push: Push | None = None,
-    inboxes: torch.Tensor | None = None,
+    pushed: Pushed | None = None,
     tiling: Tiling,
     pdl: bool,
 ) -> None:
@@ -206,6 +205,7 @@ def _launch(
     rows, (n, k) = x.shape[0], weight.shape
     assert rows <= tiling.rows, f"{rows} rows are too many for {tiling}"
     if tiling.form == "cluster":
+        assert push is None, "cluster pushes only what it sums"
         assert bias is None, "cluster adds no bias"
         assert not gated, "cluster has no gate"
         assert all(t.is_contiguous() for t in (x, weight, *(added or ()), out)), "tensors must be contiguous"
@@ -216,8 +216,7 @@ def _launch(
                 out,
                 scale=scale,
                 added=None if added is None else cluster_linear.Added(*added),
-                push=push,
-                inboxes=inboxes,
+                pushed=pushed,
                 block_rows=tiling.block_rows,
                 cluster=tiling.splits,
                 slices=tiling.block_k // cluster_linear.SLICE,

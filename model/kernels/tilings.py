@@ -125,6 +125,11 @@ CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
 is faster."""
 
 
+MAX_SUMMED_ROWS = 2
+"""So many rows of a tensor-parallel group are summed by the layer that makes them. 8B on two H200s then takes 2.31 ms a
+token instead of 2.43 at batch 1, but where all do, 2.43 instead of 2.40 at 8, and 3.18 instead of 2.90 at 64."""
+
+
 def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, clusters: bool = False) -> Tiling | None:
     """Return how to launch a linear layer for so many rows, whose result is pushed to other ranks or not.
 
@@ -147,14 +152,10 @@ def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, cl
 def summing_tiling_for(rows: int, n: int, k: int) -> Tiling | None:
     """Return how to launch a layer that adds up what all ranks have, which clusters alone do; None: not at all.
 
-    They do so also where something else is faster without, since no launch for the sum follows. One row or two have
-    the tiling of 8, as where they are pushed.
+    They do so also where something else is faster without, since no launch for the sum follows.
     """
-    row_class = next((most for most in ROW_CLASSES if max(rows, 8) <= most), None)
-    if row_class is None:
-        return None
-    work = Work(row_class, n, k)
-    return CLUSTERED.get(work) or cluster_tiling(work)
+    work = Work(8, n, k)  # as where rows are pushed
+    return (CLUSTERED.get(work) or cluster_tiling(work)) if rows <= MAX_SUMMED_ROWS else None
 
 
 def default_tiling(work: Work) -> Tiling | None:

@@ -443,7 +443,7 @@ def main(rank: int, rendezvous: str) -> None:
                 more = PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device, layers_sum=True)
                 check_layers(more, rank, pushed=(33, 64))
                 assert peer_sums.pushed(torch.Size((1, 1024)), dtype, Place.MLP) is None, "layers are not to sum"
-                for rows in (1, 5, 16, 33, 64):
+                for rows in (1, 2):
                     check_layers_that_sum(more, rank, rows)
                 check_largest(group, rank, device)
     dist.barrier()
