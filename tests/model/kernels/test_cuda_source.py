@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.kernels import cuda_source
+from model.errors import ModelError
+from model.kernels import cluster_linear, cuda_source
 from model.kernels.cluster_linear import source_of
 from model.kernels.cuda_source import CudaSourceError, Source
 from model.kernels.runtime import triton
@@ -59,6 +60,17 @@ def hopper() -> Iterator[torch.device]:
         cuda_source.compiles.cache_clear()
         yield torch.device("cpu")
     cuda_source.compiles.cache_clear()
+
+
+def test_what_does_not_compile_names_the_remedy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Source) -> bytes:
+        raise CudaSourceError(f"{source.file}: no")
+
+    monkeypatch.setattr(cuda_source, "_compile", fail)
+    monkeypatch.setattr(cluster_linear, "kernel_of", lambda source, device: source.cubin())
+    x, weight = (torch.zeros((rows, 256), dtype=torch.bfloat16) for rows in (1, 64))
+    with pytest.raises(ModelError, match=r"cluster_linear.cu: no; set LIGHTQWEN_WITHOUT=clusters"):
+        cluster_linear.cluster_linear(x, weight, x[:, :64], block_rows=8, cluster=2, slices=1, stages=2, pdl=False)
 
 
 def test_without_a_compiler_there_are_none(
