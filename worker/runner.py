@@ -211,15 +211,18 @@ class Runner:
         self._tables.admit_records(nobody.view(1, -1), nobody)
 
     def _dead_plans(self) -> list[StepPlan]:
-        """Steps of dead rows that have every kernel there is."""
+        """Steps of dead rows that have every kernel there is.
+
+        Those of prompts come first: their attention takes a compiler longer than anything else, which so begins early.
+        """
         many = self._runtime.max_running
         few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
         longest = min(self._runtime.max_batched_tokens, self._runtime.max_model_len)
-        plans = [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
         beside = sorted({0, min(1, many - 1), many - 1})  # a chunk is a row too
-        plans += [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in beside]
+        plans = [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in beside]
         # Tokens of prompts are rows too, of which there may be more than of decodes.
-        return plans + [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
+        plans += [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
+        return plans + [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
 
     @torch.inference_mode()
     def run_shapes(self) -> None:
