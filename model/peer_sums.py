@@ -6,7 +6,8 @@ rank sums what all have written (`model.kernels.peer_sum`), with the residual ad
 that happens on the device, in memory that is allocated before, so it can be captured in a CUDA graph.
 
 Small tensors are summed in one shot: every rank sums all rows. Those of few rows are pushed to the others by the layer
-that makes them, if it can, else they are read by them. Larger ones, as prefills have, are summed in two shots: a rank
+that makes them, if it can, else they are read by them; and layers of one row or two sum what is pushed themselves, with
+no kernel for it (`model.kernels.cluster_linear`). Larger ones, as prefills have, are summed in two shots: a rank
 sums only the rows that it owns, and writes the results to all others. What is larger still is left to NCCL.
 
 Logits, which are not summed but put side by side, go through the same memory and with the same flags

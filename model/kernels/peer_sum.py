@@ -12,7 +12,8 @@ Few rows need no meeting: they are *pushed*. The layer that makes a summand writ
 of which has an inbox for every rank. Inboxes are empty before: full of an element that no layer puts out, so that an
 element tells by itself that it has come. A program waits until its row in all inboxes is there, sums, and empties them.
 So of what passes between two GPUs only the way of the last element is waited for, and no order of writes is counted on.
-(The idea is that of the Lamport-style all-reduce in TensorRT-LLM.)
+(The idea is that of the Lamport-style all-reduce in TensorRT-LLM.) A layer that sums by itself does the same in its own
+kernel, and counts as a sum in all that is said here.
 
 In two shots, every rank sums the rows that it owns, one of `size` rows in turn, and writes the result to all ranks'
 outputs. A program has one own row: it meets the others, reads, writes, and meets them again, who then have written
