@@ -147,8 +147,8 @@ def _cluster_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
         cut = layer.n % cluster_linear.FEATURES == 0 == layer.k % (size * block_k)
         if not cut or steps < 2 or layer.n // cluster_linear.FEATURES * size > 264:
             continue
-        room = cluster_linear.most_stages(block_rows, slices)
-        for stages in sorted({max(2, min(steps, of)) for of in (room, room // 2) if of >= 2}):
+        rooms = (cluster_linear.most_stages(block_rows, slices, programs) for programs in (1, 2))
+        for stages in sorted({min(steps, room) for room in rooms if room >= 2}):
             yield Tiling("cluster", rows, cluster_linear.FEATURES, block_k, 4, size, stages, block_rows)
 
 

@@ -48,6 +48,13 @@ def test_wheel_has_the_table_that_a_benchmark_writes(wheel: zipfile.ZipFile, roo
     assert wheel.read(table) == (root / table).read_bytes()
 
 
+def test_wheel_has_the_kernels_that_are_compiled_from_files(wheel: zipfile.ZipFile, root: Path) -> None:
+    files = [path.relative_to(root).as_posix() for path in (root / "model/kernels").glob("*.cu")]
+    assert files == ["model/kernels/cluster_linear.cu"]
+    for file in files:
+        assert wheel.read(file) == (root / file).read_bytes()
+
+
 def test_wheel_has_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} <= {

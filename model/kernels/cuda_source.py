@@ -26,7 +26,7 @@ _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 """The a is for what only this generation has: matrix units that take operands from shared memory."""
 
 instead_of_launching: Callable[[Source], object] | None = None
-"""Called with what `kernel_of` would return, where launches are only tried (`model.kernels.ahead`)."""
+"""Where launches are only tried (`model.kernels.ahead`), what is told of each kernel that would be launched."""
 
 
 class CudaSourceError(RuntimeError):

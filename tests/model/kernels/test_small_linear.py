@@ -70,7 +70,7 @@ CLUSTERS = [
     replace(CLUSTER, rows=64, block_k=128, splits=4, stages=6, block_rows=64),
     replace(CLUSTER, rows=64, stages=5, block_rows=64),
 ]
-"""In CUDA C++, for Hopper, which do one thing only."""
+"""In CUDA C++, for Hopper, without bias and gate."""
 
 
 class Layer(NamedTuple):
