@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,11 +32,13 @@ from model.kernels.attention import (
     plan_attention,
 )
 from model.kernels.decode_attention import streams
-from model.kernels.norm import add_rms_norm
+from model.kernels.linear import norm_linear
+from model.kernels.norm import Normed, add_rms_norm
 from model.kernels.rope_kv import Projected, qk_norm_rope_store
 from model.sampler import SamplingTables, sample
 
 BATCHES = (1, 8, 64, 256)
+GATED_ROWS = (8, 64, 128, 192, 256, 512, 768, 1024, 2048, 8192)
 CONTEXTS = (300, 1024, 8192)
 PREFILLS = ((16, 512), (4, 4096))
 ROTATED_BYTES = 256 << 20  # inputs to go through before one is used again: several times an H200's 60 MB of L2
@@ -163,6 +166,23 @@ def elementwise_cases(shape: Shape, block_size: int) -> Iterator[Case]:
             workload=f"tokens {tokens}",
             make=partial(make_rope, tokens),
             num_bytes=tokens * (2 * 2 * (heads + 2 * kv_heads) + 4) * head_dim,
+        )
+
+
+def gate_cases(shape: Shape) -> Iterator[Case]:
+    """Gate, up and SiLU, as a model computes them: what LIGHTQWEN_WITHOUT names is gone without."""
+    hidden, inter = shape.hidden_size, shape.intermediate_size
+
+    def make(rows: int) -> Call:
+        return partial(norm_linear, Normed(randn(rows, hidden)), randn(2 * inter, hidden), gated=True)
+
+    for rows in GATED_ROWS:
+        yield Case(
+            kernel="gate, up, SiLU",
+            workload=f"tokens {rows}",
+            make=partial(make, rows),
+            num_bytes=2 * (2 * inter * hidden + rows * (hidden + inter)),
+            flops=2 * rows * 2 * inter * hidden,
         )
 
 
@@ -305,10 +325,15 @@ def measure(size: str, case: Case) -> Result:
 def run(sizes: list[str], kernels: list[str], block_size: int, folder: Path) -> Iterator[Result]:
     for size in sizes:
         shape = Shape.of(size, folder)
-        for cases in (elementwise_cases(shape, block_size), attention_cases(shape, block_size), sampling_cases(shape)):
-            for case in cases:
-                if not kernels or case.kernel in kernels:
-                    yield measure(size, case)
+        cases = (
+            elementwise_cases(shape, block_size),
+            gate_cases(shape),
+            attention_cases(shape, block_size),
+            sampling_cases(shape),
+        )
+        for case in chain.from_iterable(cases):
+            if not kernels or case.kernel in kernels:
+                yield measure(size, case)
 
 
 def main() -> int:

@@ -49,8 +49,8 @@ def test_wheel_has_the_table_that_a_benchmark_writes(wheel: zipfile.ZipFile, roo
 
 
 def test_wheel_has_the_kernels_that_are_compiled_from_files(wheel: zipfile.ZipFile, root: Path) -> None:
-    files = [path.relative_to(root).as_posix() for path in (root / "model/kernels").glob("*.cu")]
-    assert files == ["model/kernels/cluster_linear.cu"]
+    files = sorted(path.relative_to(root).as_posix() for path in (root / "model/kernels").glob("*.cu*"))
+    assert files == [f"model/kernels/{name}" for name in ("cluster_linear.cu", "gated_linear.cu", "hopper.cuh")]
     for file in files:
         assert wheel.read(file) == (root / file).read_bytes()
 

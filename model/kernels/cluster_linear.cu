@@ -11,20 +11,12 @@
 //
 // Defined before this text: ROWS, 8 to 64, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is
 // still to be multiplied by 1 / rms of its rows; ADDS, whether there is a residual; RANKS, with ADDS, over how many the
-// sum is, 0 if there is only this one; EMPTY, the bits of an element of an inbox that has not come; and what the
-// instruction that multiplies needs as text: its SHAPE, and as many names as a thread has sums: SUM_NAMES
-// ("%0, %1, .."), SUMS ("+f"(sum[0]), "+f"(sum[1]), ..) and the names of the two operands behind them, LEFT and RIGHT.
+// sum is, 0 if there is only this one; EMPTY, the bits of an element of an inbox that has not come; and what hopper.cuh
+// wants.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
+#include "hopper.cuh"
 
 constexpr int FEATURES = 64;             // of a cluster
-constexpr int SLICE = 64;                // columns: 128 bytes, which is as wide as memory can be swizzled
 constexpr int COLUMNS = SLICES * SLICE;  // of a tile
 constexpr int PART = 16;                 // features of a warp
 constexpr int WARPS = 4;                 // that multiply, beside one that fetches
@@ -37,31 +29,6 @@ constexpr int UNITS = OWNED * CHUNKS;   // of PART features and eight rows, each
 constexpr int TURNS = (UNITS + WARPS - 1) / WARPS;
 constexpr bool WHOLE = CHUNKS % WARPS == 0;           // a warp has all units of its rows
 constexpr int SQUARED = WHOLE ? OWNED * PART : PART;  // features of a sum of squares
-
-__device__ __forceinline__ u32 address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-__device__ __forceinline__ u32 address_of(u32 own, int program) {  // the same place in another program of the cluster
-  u32 other;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(own), "r"(program));
-  return other;
-}
-
-__device__ __forceinline__ void expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Until the bytes that are expected have come: of tiles, which only matrix units read.
-__device__ __forceinline__ void await(u32 barrier, int phase) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "AGAIN:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra AGAIN;\n"
-      "}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
 
 // Until all bytes have come that other programs send, so that threads see them. (With this scope the L1 cache is
 // emptied, which in the loop over tiles would take longer than the loop.)
@@ -93,35 +60,13 @@ __device__ __forceinline__ void fetch_x(u32 to, const TensorMap* map, u32 barrie
       : "memory");
 }
 
-// What tells matrix units where an operand lies: swizzled by 128 bytes, groups of eight rows behind one another.
-__device__ __forceinline__ u64 operand(u32 at) {
-  return (u64)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-__device__ __forceinline__ void multiply(float* sum, u64 weight, u64 x) {
-  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" SUM_NAMES "}, " LEFT ", " RIGHT
-               ", 1, 1, 1, 0, 0;"
-               : SUMS
-               : "l"(weight), "l"(x));
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
+// Two elements that another rank sends, as they are now, and whether one of them has not come.
+__device__ __forceinline__ u32 look(const u32* place) {
   u32 both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(both) : "l"(place) : "memory");
   return both;
 }
-__device__ __forceinline__ float low(u32 both) { return __uint_as_float(both << 16); }
-__device__ __forceinline__ float high(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
-
-// Two elements, as soon as another rank has sent both; their place is empty then.
-__device__ __forceinline__ u32 take(u32* place) {
-  u32 both;
-  do {
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(both) : "l"(place) : "memory");
-  } while ((both & 0xFFFF) == EMPTY || both >> 16 == EMPTY);
-  *place = EMPTY << 16 | EMPTY;
-  return both;
-}
+__device__ __forceinline__ bool lacks(u32 both) { return (both & 0xFFFF) == EMPTY || both >> 16 == EMPTY; }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     cluster_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
@@ -280,6 +225,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
             *(u32*)(to_rank[other] + (u64)(row + i) * n + feature) = i ? pack(all.y, all.w) : pack(all.x, all.z);
     }
   }
+  u32 summands[TURNS][2][RANKS + 1];
+  if (RANKS) {  // all at a time: to look takes long, and one after the other would take as many times as long
+    bool again;
+    do {
+      again = false;
+#pragma unroll
+      for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int other = 0; other < RANKS; other++) {
+            const int unit = turn * WARPS + warp, row = unit % CHUNKS * 8 + lane % 4 * 2 + i;
+            const int feature = features * FEATURES + (own * OWNED + unit / CHUNKS) * PART + lane / 4 * 2;
+            const u32* place = (const u32*)(inbox_of_rank + (u64)other * inbox_size + (u64)row * n + feature);
+            summands[turn][i][other] = unit < UNITS && row < rows && other != rank ? look(place) : 0;
+          }
+#pragma unroll
+      for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int other = 0; other < RANKS; other++) again |= lacks(summands[turn][i][other]);
+    } while (again);
+  }
   float squared[TURNS][2];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
@@ -300,10 +269,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
           a = b = 0.f;
 #pragma unroll
           for (int other = 0; other < RANKS; other++) {
-            const u32 summand = other == rank ? mine
-                                : row < rows  ? take((u32*)(inbox_of_rank + (u64)other * inbox_size + place))
-                                              : 0;
+            const u32 summand = other == rank ? mine : summands[turn][i][other];
             a += low(summand), b += high(summand);
+            if (other != rank && row < rows)  // its place is empty again
+              *(u32*)(inbox_of_rank + (u64)other * inbox_size + place) = EMPTY << 16 | EMPTY;
           }
           const u32 sum = pack(a, b);
           a = low(sum), b = high(sum);

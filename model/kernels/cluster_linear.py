@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from model.errors import ModelError
-from model.kernels.cuda_source import CudaSourceError, Source, kernel_of, number, pointer, tensor_map
+from model.kernels.cuda_source import CudaSourceError, Source, kernel_of, multiplication, number, pointer, tensor_map
 from model.kernels.norm import Scale
 from model.kernels.peer_sum import EMPTY, Pushed
 
@@ -54,7 +54,6 @@ def source_of(
     """
     assert rows in range(8, 65, 8), rows
     assert cluster in (2, 4), cluster
-    sums = rows // 2  # of a thread
     return Source(
         "cluster_linear.cu",
         (
@@ -65,11 +64,7 @@ def source_of(
             ("ADDS", str(int(adds))),
             ("RANKS", str(ranks)),
             ("EMPTY", f"{EMPTY & 0xFFFF}u"),
-            ("SHAPE", f'"m64n{rows}k16"'),
-            ("SUM_NAMES", f'"{", ".join(f"%{i}" for i in range(sums))}"'),
-            ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(sums))),
-            ("LEFT", f'"%{sums}"'),
-            ("RIGHT", f'"%{sums + 1}"'),
+            *multiplication(rows),
         ),
     )
 

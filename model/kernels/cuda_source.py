@@ -22,6 +22,7 @@ from model.kernels.runtime import is_hopper, triton
 
 logger = logging.getLogger(__name__)
 
+_HEADER = "hopper.cuh"  # which all may include
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 """The a is for what only this generation has: matrix units that take operands from shared memory."""
 
@@ -69,7 +70,7 @@ class Source:
         return f"{self.name}.cubin"
 
     def _cache(self) -> Any:
-        of = (self.text, *_OPTIONS, str(_checked(_nvrtc().nvrtcVersion())))
+        of = (self.text, _text_of(_HEADER), *_OPTIONS, str(_checked(_nvrtc().nvrtcVersion())))
         return triton.runtime.cache.get_cache_manager(hashlib.sha256("\0".join(of).encode()).hexdigest())
 
 
@@ -135,14 +136,16 @@ def _loaded(source: Source, device: torch.device) -> Kernel:
 def tensor_map(
     tensor: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> tuple[Any, None]:
-    """Return, as an argument of a kernel, how to fetch boxes of a bfloat16 tensor into swizzled shared memory.
+    """Return, as an argument of a kernel, how boxes of a bfloat16 tensor come into swizzled shared memory, or leave it.
 
     sizes: of each dimension, the innermost first, which is contiguous. strides: of the others, in elements. box: how
-    much is fetched, of the innermost dimension 64. Elements outside are zeros.
+    much is fetched or stored, of the innermost dimension 64 or 32 elements, which is as wide as what is swizzled.
+    Elements outside are zeros, and not stored.
     """
     driver = _driver()
     assert tensor.dtype is torch.bfloat16, tensor.dtype
-    assert box[0] == 64, "what is swizzled by 128 bytes is as wide"
+    swizzles = driver.CUtensorMapSwizzle
+    swizzled = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B, 32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B}
     encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         len(sizes),
@@ -152,12 +155,25 @@ def tensor_map(
         [driver.cuuint32_t(size) for size in box],
         [driver.cuuint32_t(1)] * len(sizes),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        swizzled[box[0]],
         # To fetch 256 bytes at a time into the L2 cache takes 4 % longer, where each byte is read once.
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     return _checked(encoded), None
+
+
+def multiplication(columns: int) -> tuple[tuple[str, str], ...]:
+    """Return what hopper.cuh wants defined for products of 64 rows and so many columns, 8 to 256 in steps of 8."""
+    assert columns in range(8, 257, 8), columns
+    sums = columns // 2  # of a thread
+    return (
+        ("SHAPE", f'"m64n{columns}k16"'),
+        ("SUM_NAMES", f'"{", ".join(f"%{i}" for i in range(sums))}"'),
+        ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(sums))),
+        ("LEFT", f'"%{sums}"'),
+        ("RIGHT", f'"%{sums + 1}"'),
+    )
 
 
 def pointer(tensor: torch.Tensor) -> tuple[int, type[ctypes.c_void_p]]:
@@ -188,7 +204,8 @@ def compiles(device: torch.device) -> bool:
 
 def _compile(source: Source) -> bytes:
     nvrtc = _nvrtc()
-    program = _checked(nvrtc.nvrtcCreateProgram(source.text.encode(), source.file.encode(), 0, [], []))
+    headers = [_text_of(_HEADER).encode()], [_HEADER.encode()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.text.encode(), source.file.encode(), 1, *headers))
     try:
         result, *_ = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), [option.encode() for option in _OPTIONS])
         if int(result):

@@ -1,9 +1,10 @@
 """Linear layers with what stands around them, and the one place that decides in how many launches.
 
-In steps of few rows, a product and the SiLU gate may be one launch, and so may a product, the residual addition and the
-norm behind it, but for a scale that the next product applies (`small_linear`); how such a launch is cut, and whether it
-pays, stands in `tilings`. Everything else, and anything on the CPU, is one operation after another, of which products
-are a library's (`cublaslt`, `packed`).
+In steps of few rows, a product and the SiLU gate may be one launch, and so may a product, the residual addition and
+the norm behind it, but for a scale that the next product applies (`small_linear`); how such a launch is cut, and
+whether it pays, stands in `tilings`. Of many rows, a product and the gate still may (`gated_linear`). Everything
+else, and anything on the CPU, is one operation after another, of which products are a library's (`cublaslt`,
+`packed`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from model.kernels import cublaslt, packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.cuda_source import compiles
 from model.kernels.dependent import dependent_launch
+from model.kernels.gated_linear import Cut, cut_for, gated_linear
 from model.kernels.norm import Normed, add_rms_norm, rms_norm
 from model.kernels.peer_sum import Push, Pushed
-from model.kernels.runtime import fetches_tiles, use_triton, wanted
+from model.kernels.runtime import fetches_tiles, multiprocessors, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import summing_tiling_for, tiling_for
 
@@ -84,6 +86,10 @@ def norm_linear(
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_triton(x, weight, bias, scale=normed.scale, gated=gated, tiling=tiling, pdl=pdl)
+    if gated and bias is None and (cut := _cut(x, weight)) is not None:
+        scale = normed.scale if cut.single else None
+        rows = x if scale is not None else normed.finish()
+        return gated_linear(rows, weight, scale=scale, cut=cut, pdl=bool(dependent_launch(x)))
     product = _separate(normed.finish(), weight, bias)
     return silu_and_mul(product) if gated else product
 
@@ -152,6 +158,14 @@ def _summing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
     if not _wants_small_linear(x) or not _has_clusters(x.device):
         return None
     return summing_tiling_for(x.shape[0], *weight.shape)
+
+
+def _cut(x: torch.Tensor, weight: torch.Tensor) -> Cut | None:
+    """How to compute gate, up and SiLU of many rows in one launch; None where that cannot be done, or does not pay."""
+    if not (wanted("gated_linear") and x.dtype is torch.bfloat16 and use_triton(x) and compiles(x.device)):
+        return None
+    n, k = weight.shape
+    return cut_for(x.shape[0], n // 2, k, multiprocessors(x.device))
 
 
 def _has_clusters(device: torch.device) -> bool:

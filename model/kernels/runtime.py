@@ -59,6 +59,7 @@ DISPENSABLE = (
     "fused_decode",
     "cublaslt",
     "clusters",
+    "gated_linear",
 )
 """What GPUs are faster with, where it works, and can do without; docs/performance.md tells of each."""
 

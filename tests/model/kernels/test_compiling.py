@@ -35,11 +35,14 @@ ALWAYS = {
     "_score_kernel",
     "_silu_and_mul_kernel",
 }
-IN_CUDA = {"cluster_linear"} if find_spec("cuda") and find_spec("cuda.bindings") else set()
-SMALL_LINEAR = {"_fma_kernel", "ring_kernel"} | IN_CUDA
+HAS_NVRTC = bool(find_spec("cuda") and find_spec("cuda.bindings"))
+GATED_LINEAR = {"gated_linear"} if HAS_NVRTC else set()
+SMALL_LINEAR = {"_fma_kernel", "ring_kernel"} | ({"cluster_linear"} if HAS_NVRTC else set())
 ATTENTION = {"prefill_kernel", "decode_kernel"}  # in Gluon
 ATTENTION_ELSEWHERE = {"_prefill_kernel", "_decode_kernel"}
-DEPENDENT = SMALL_LINEAR | {
+DEPENDENT = {
+    *SMALL_LINEAR,
+    *GATED_LINEAR,
     "_admit_kernel",
     "_prepare_kernel",
     "_retire_kernel",
@@ -71,11 +74,11 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("dtype", "without", "others"),
     [
-        ("bfloat16", "", SMALL_LINEAR | ATTENTION),
+        ("bfloat16", "", SMALL_LINEAR | GATED_LINEAR | ATTENTION),
         ("float32", "", ATTENTION_ELSEWHERE),
-        ("bfloat16", "pdl", SMALL_LINEAR | ATTENTION),
-        ("bfloat16", "tensor_descriptors", {"_fma_kernel"} | ATTENTION_ELSEWHERE),
-        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", ATTENTION_ELSEWHERE),
+        ("bfloat16", "pdl,gated_linear", SMALL_LINEAR | ATTENTION),
+        ("bfloat16", "tensor_descriptors", {"_fma_kernel"} | GATED_LINEAR | ATTENTION_ELSEWHERE),
+        ("bfloat16", "pdl,small_linear,tensor_descriptors,fused_decode", GATED_LINEAR | ATTENTION_ELSEWHERE),
     ],
 )
 def test_steps_compile(shape: Path, tmp_path: Path, dtype: str, without: str, others: set[str]) -> None:

@@ -1,0 +1,171 @@
+"""Gate, up and the SiLU between them, of many rows, as one launch in CUDA C++, for Hopper.
+
+A library's product leaves gates and ups in memory, where a kernel of its own reads them again. Here a thread has a gate
+and its up when it has multiplied, and only what becomes of them is written. It does what `small_linear_torch` does with
+a gate, for more rows than *ring* is fast for. gated_linear.cu tells how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.errors import ModelError
+from model.kernels.cuda_source import CudaSourceError, Source, kernel_of, multiplication, number, pointer, tensor_map
+from model.kernels.norm import Scale
+
+_FEATURES = 32  # of a group of warps
+_SLICE = 64  # columns of a stage
+_MAX_ROWS = 256  # of a tile: the widest right operand that matrix units take
+_ALIGNMENT = 1024  # of swizzled memory
+_ROOM = (227 << 10) - _ALIGNMENT - 2048  # for operands and results, beside barriers and scales
+_BAND = 8  # tiles of rows: in 8B, the x of 2,048 rows is 16 MB, a third of the L2 cache
+_LEAST_OF_SEVERAL = 160  # rows of a tile, where there are several: with fewer, the weight passes the L2 cache too often
+_LEAST_FILLED = 0.9
+"""With 0.87, such as 1,024 rows of 32B on two GPUs have, an H200 is no faster than with separate launches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a launch is cut into tiles of `block_rows` rows and 32 * `groups` features."""
+
+    block_rows: int
+    groups: int
+    rows: int
+    features: int
+    programs: int
+
+    @property
+    def tiles_of_rows(self) -> int:
+        return _cdiv(self.rows, self.block_rows)
+
+    @property
+    def tiles_of_features(self) -> int:
+        """As many as programs of a cluster share."""
+        tiles = _cdiv(self.features, _FEATURES * self.groups)
+        return tiles if self.single else _cdiv(tiles, 2) * 2
+
+    @property
+    def single(self) -> bool:
+        """Whether each program has one tile, or none."""
+        return self.tiles_of_rows * _cdiv(self.features, _FEATURES * self.groups) <= self.programs
+
+    @property
+    def turns(self) -> int:
+        """How many tiles the programs that have most compute one after the other."""
+        return _cdiv(self.tiles_of_rows * self.tiles_of_features, self.programs)
+
+    @property
+    def filled(self) -> float:
+        """Which share of the time programs have something to multiply."""
+        return self.tiles_of_rows * self.features / (_FEATURES * self.groups * self.turns * self.programs)
+
+    @property
+    def cluster(self) -> int:
+        """One after the other, tiles of neighbours would meet x in the L2 cache again; at once, all ask for it."""
+        return 1 if self.single else 2
+
+    @property
+    def rows_of_piece(self) -> int:
+        """Rows that a group stores at a time. With a single tile, they lie where 64 rows of the weight have been."""
+        return self.block_rows // 2 if self.single and self.block_rows > 128 else self.block_rows
+
+    @property
+    def stages(self) -> int:
+        return min((_ROOM - self._result_bytes) // self._stage_bytes, 8)
+
+    @property
+    def shared_bytes(self) -> int:
+        return _ALIGNMENT + self.stages * self._stage_bytes + self._result_bytes
+
+    @property
+    def _stage_bytes(self) -> int:
+        return (2 * _FEATURES * self.groups + self.block_rows) * _SLICE * 2
+
+    @property
+    def _result_bytes(self) -> int:
+        return 0 if self.single else self.block_rows * self.groups * _FEATURES * 2
+
+    def source(self, *, scaled: bool = False) -> Source:
+        assert self.single or not scaled, "scales are those of one tile"
+        return Source(
+            "gated_linear.cu",
+            (
+                ("ROWS", str(self.block_rows)),
+                ("GROUPS", str(self.groups)),
+                ("CLUSTER", str(self.cluster)),
+                ("STAGES", str(self.stages)),
+                ("SINGLE", str(int(self.single))),
+                ("SCALED", str(int(scaled))),
+                *multiplication(self.block_rows),
+            ),
+        )
+
+
+def _cdiv(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def cut_for(rows: int, features: int, k: int, programs: int) -> Cut | None:
+    """Return how so many rows are cut for so many programs at a time; None where that leaves too many of them without
+    anything to do, where there are so few rows that other kernels are faster, or where the layer cannot be cut so.
+
+    Tiles that are as large as they may be are the best, since each fetches both operands for itself; somewhat smaller
+    ones where that lets programs end together.
+    """
+    if rows <= 64 or features % 8 or k % _SLICE:
+        return None
+    fewest = _cdiv(rows, _MAX_ROWS)
+    cuts = (
+        Cut(_cdiv(_cdiv(rows, tiles), 32) * 32, groups, rows, features, programs)
+        for tiles in ((fewest, fewest + 1) if fewest > 1 else (1,))
+        for groups in (3, 2)
+    )
+    best = min(
+        (cut for cut in cuts if fewest == 1 or cut.block_rows >= _LEAST_OF_SEVERAL),
+        key=lambda cut: cut.turns * (cut.block_rows + 96) * (cut.groups + 0.25),  # what a tile takes, in no unit
+    )
+    return best if best.filled >= _LEAST_FILLED else None
+
+
+def gated_linear(
+    x: torch.Tensor, weight: torch.Tensor, *, scale: Scale | None = None, cut: Cut, pdl: bool
+) -> torch.Tensor:
+    """Return silu(gates) * ups, both of x @ weight.T; with `scale`, which takes a cut of single tiles, x is one that is
+    still to be scaled.
+
+    x: [rows, k], as many as the cut is for. weight: [2 * features, k], gates before ups. The result: [rows, features].
+    All of bfloat16 and contiguous. Products are float32, and a gate is rounded before it is multiplied.
+
+    Raises ModelError where the kernel cannot be compiled or loaded.
+    """
+    rows, k = x.shape
+    features = weight.shape[0] // 2
+    assert (rows, features) == (cut.rows, cut.features), f"[{rows}, {features}] for {cut}"
+    assert x.is_contiguous(), "x must be contiguous"
+    assert weight.is_contiguous(), "the weight must be contiguous"
+    out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    try:
+        kernel = kernel_of(cut.source(scaled=scale is not None), x.device)
+    except CudaSourceError as error:
+        raise ModelError(f"{error}; set LIGHTQWEN_WITHOUT=gated_linear to leave its layers to other kernels") from error
+    if kernel is None:
+        return out
+    tiles = cut.tiles_of_rows * cut.tiles_of_features
+    kernel.launch(
+        min(tiles, cut.programs),
+        cut.groups * 128,
+        # Eight gates lie before their eight ups.
+        tensor_map(weight, (k, 8, 2, features // 8), (k, features * k, 8 * k), (_SLICE, 8, 2, _FEATURES // 8)),
+        tensor_map(x, (k, rows), (k,), (_SLICE, cut.block_rows // cut.cluster)),
+        tensor_map(out, (features, rows), (features,), (_FEATURES, cut.rows_of_piece)),
+        pointer(out if scale is None else scale.squares),  # nothing is read through it if there is no scale
+        number(0.0 if scale is None else scale.eps),
+        number(0 if scale is None else scale.squares.shape[1]),
+        *map(number, (rows, k, cut.tiles_of_rows, cut.tiles_of_features, _BAND)),
+        cluster=cut.cluster,
+        shared_bytes=cut.shared_bytes,
+        pdl=pdl,
+    )
+    return out
