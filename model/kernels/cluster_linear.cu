@@ -60,13 +60,15 @@ __device__ __forceinline__ void fetch_x(u32 to, const TensorMap* map, u32 barrie
       : "memory");
 }
 
-// Two elements that another rank sends, as they are now, and whether one of them has not come.
-__device__ __forceinline__ u32 look(const u32* place) {
+// Two elements, as soon as another rank has sent both; their place is empty then.
+__device__ __forceinline__ u32 take(u32* place) {
   u32 both;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(both) : "l"(place) : "memory");
+  do {
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(both) : "l"(place) : "memory");
+  } while ((both & 0xFFFF) == EMPTY || both >> 16 == EMPTY);
+  *place = EMPTY << 16 | EMPTY;
   return both;
 }
-__device__ __forceinline__ bool lacks(u32 both) { return (both & 0xFFFF) == EMPTY || both >> 16 == EMPTY; }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     cluster_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
@@ -225,30 +227,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
             *(u32*)(to_rank[other] + (u64)(row + i) * n + feature) = i ? pack(all.y, all.w) : pack(all.x, all.z);
     }
   }
-  u32 summands[TURNS][2][RANKS + 1];
-  if (RANKS) {  // all at a time: to look takes long, and one after the other would take as many times as long
-    bool again;
-    do {
-      again = false;
-#pragma unroll
-      for (int turn = 0; turn < TURNS; turn++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int other = 0; other < RANKS; other++) {
-            const int unit = turn * WARPS + warp, row = unit % CHUNKS * 8 + lane % 4 * 2 + i;
-            const int feature = features * FEATURES + (own * OWNED + unit / CHUNKS) * PART + lane / 4 * 2;
-            const u32* place = (const u32*)(inbox_of_rank + (u64)other * inbox_size + (u64)row * n + feature);
-            summands[turn][i][other] = unit < UNITS && row < rows && other != rank ? look(place) : 0;
-          }
-#pragma unroll
-      for (int turn = 0; turn < TURNS; turn++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int other = 0; other < RANKS; other++) again |= lacks(summands[turn][i][other]);
-    } while (again);
-  }
   float squared[TURNS][2];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
@@ -269,10 +247,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
           a = b = 0.f;
 #pragma unroll
           for (int other = 0; other < RANKS; other++) {
-            const u32 summand = other == rank ? mine : summands[turn][i][other];
+            const u32 summand = other == rank ? mine
+                                : row < rows  ? take((u32*)(inbox_of_rank + (u64)other * inbox_size + place))
+                                              : 0;
             a += low(summand), b += high(summand);
-            if (other != rank && row < rows)  // its place is empty again
-              *(u32*)(inbox_of_rank + (u64)other * inbox_size + place) = EMPTY << 16 | EMPTY;
           }
           const u32 sum = pack(a, b);
           a = low(sum), b = high(sum);
