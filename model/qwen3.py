@@ -19,6 +19,7 @@ from torch import nn
 from model.attention import AttentionBackend, CapturedSteps
 from model.config import Qwen3Config
 from model.inputs import StepInputs
+from model.kernels.linear import load_gates
 from model.kernels.norm import Normed
 from model.kernels.rope_kv import Projected
 from model.layers import (
@@ -247,6 +248,12 @@ class Qwen3ForCausalLM(nn.Module):
         """[rows, hidden] to [ceil(rows / tp.size), vocab_size]: those rows of `compute_logits` that `sample_share` of
         this rank draws from."""
         return self.lm_head.forward_share(hidden_states)
+
+    def load_kernels(self, most_tokens: int) -> None:
+        """Have at hand what steps of some number of tokens, up to so many, would launch and those of others do not."""
+        layer = self.model.layers[0]
+        assert isinstance(layer, Qwen3DecoderLayer)
+        load_gates(layer.mlp.gate_up_proj.weight, most_tokens)
 
     @property
     def graphs(self) -> CapturedSteps:

@@ -190,6 +190,7 @@ class Runner:
         for plan in self._dead_plans():
             self.launch(plan)
             self.collect()
+        self._model.load_kernels(self._runtime.max_batched_tokens)
         self._admit_nobody()
         scratch = np.array([(self._tables.scratch_slot, 0, 0)], np.int32)
         self._tables.set_blocks(upload(scratch, self._runtime.device))  # of more blocks than a step has room for
@@ -203,6 +204,7 @@ class Runner:
             rows.last_tokens.zero_()  # PyTorch, which does launch, follows what nobody has written
             drawn = self._draw(self._run_model(inputs, rows, plan.bounds), rows.slots, rows.lengths)
             self._tables.retire_to(self._handover, rows, drawn)
+        self._model.load_kernels(self._runtime.max_batched_tokens)
         self._tables.set_blocks(torch.zeros((1, 3), dtype=torch.int32, device=self._runtime.device))
         self._admit_nobody()
 

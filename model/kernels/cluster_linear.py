@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.errors import ModelError
-from model.kernels.cuda_source import CudaSourceError, Source, kernel_of, multiplication, number, pointer, tensor_map
+from model.kernels.cuda_source import Source, dispensable, kernel_of, multiplication, number, pointer, tensor_map
 from model.kernels.norm import Scale
 from model.kernels.peer_sum import EMPTY, Pushed
 
@@ -102,7 +101,7 @@ def cluster_linear(
     64 * slices * cluster. out, residual and total: [rows, n]. gain: [n]. All of bfloat16 and contiguous.
     squares: [rows, n / squared(block_rows, cluster)] float32.
 
-    Raises ModelError where the kernel cannot be compiled or loaded.
+    Raises ModelError where the kernel cannot be compiled, loaded or launched.
     """
     assert pushed is None or added is not None, "what is summed is added"
     rows, (n, k) = x.shape[0], weight.shape
@@ -112,30 +111,30 @@ def cluster_linear(
     assert 2 <= stages <= most_stages(block_rows, slices), f"{stages} stages"
     ranks = 0 if pushed is None else len(pushed.inboxes)
     source = source_of(block_rows, cluster, slices, scaled=scale is not None, adds=added is not None, ranks=ranks)
-    try:
-        kernel = kernel_of(source, x.device)
-    except CudaSourceError as error:
-        raise ModelError(f"{error}; set LIGHTQWEN_WITHOUT=clusters to leave its layers to other kernels") from error
-    if kernel is None:
-        return
     of_row = k // SLICE  # slices
-    kernel.launch(
-        n // FEATURES * cluster,
-        _THREADS,
-        # In a part, features with even numbers lie before those with odd ones.
-        tensor_map(weight, (SLICE, 8, 2, n // _PART, of_row), (2 * k, k, _PART * k, SLICE), (SLICE, 8, 2, 4, slices)),
-        tensor_map(x, (SLICE, rows, of_row), (k, SLICE), (SLICE, block_rows, slices)),
-        # A pointer that nothing is read through stands for what is not given.
-        pointer(out if scale is None else scale.squares),
-        *map(pointer, (*(added or (out,) * 4), out)),
-        *map(pointer, (out, out) if pushed is None else (pushed.push.inboxes, pushed.inboxes)),
-        *map(number, (0, 0) if pushed is None else (pushed.inboxes.shape[1], pushed.push.rank)),
-        number(0.0 if scale is None else scale.eps),
-        *map(number, (0 if scale is None else scale.squares.shape[1], rows, n, k, stages)),
-        cluster=cluster,
-        shared_bytes=_ALIGNMENT + stages * _stage_bytes(block_rows, slices),
-        pdl=pdl,
-    )
+    with dispensable("clusters"):
+        kernel = kernel_of(source, x.device)
+        if kernel is None:
+            return
+        kernel.launch(
+            n // FEATURES * cluster,
+            _THREADS,
+            # In a part, features with even numbers lie before those with odd ones.
+            tensor_map(
+                weight, (SLICE, 8, 2, n // _PART, of_row), (2 * k, k, _PART * k, SLICE), (SLICE, 8, 2, 4, slices)
+            ),
+            tensor_map(x, (SLICE, rows, of_row), (k, SLICE), (SLICE, block_rows, slices)),
+            # A pointer that nothing is read through stands for what is not given.
+            pointer(out if scale is None else scale.squares),
+            *map(pointer, (*(added or (out,) * 4), out)),
+            *map(pointer, (out, out) if pushed is None else (pushed.push.inboxes, pushed.inboxes)),
+            *map(number, (0, 0) if pushed is None else (pushed.inboxes.shape[1], pushed.push.rank)),
+            number(0.0 if scale is None else scale.eps),
+            *map(number, (0 if scale is None else scale.squares.shape[1], rows, n, k, stages)),
+            cluster=cluster,
+            shared_bytes=_ALIGNMENT + stages * _stage_bytes(block_rows, slices),
+            pdl=pdl,
+        )
 
 
 def _stage_bytes(rows: int, slices: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from model.errors import ModelError
 from model.kernels.runtime import is_hopper, triton
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,18 @@ instead_of_launching: Callable[[Source], object] | None = None
 
 class CudaSourceError(RuntimeError):
     """NVRTC or the driver refuses what it should do."""
+
+
+@contextmanager
+def dispensable(name: str) -> Iterator[None]:
+    """Name, where a kernel cannot be compiled, loaded or launched, what it is dispensable as (`DISPENSABLE`).
+
+    Raises ModelError then.
+    """
+    try:
+        yield
+    except CudaSourceError as error:
+        raise ModelError(f"{error}; set LIGHTQWEN_WITHOUT={name} to leave its layers to other kernels") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +160,7 @@ def tensor_map(
     assert tensor.dtype is torch.bfloat16, tensor.dtype
     swizzles = driver.CUtensorMapSwizzle
     swizzled = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B, 32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B}
+    assert box[0] in swizzled, f"boxes are not {box[0]} elements wide"
     encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         len(sizes),

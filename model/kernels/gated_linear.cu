@@ -14,6 +14,9 @@
 
 #include "hopper.cuh"
 
+static_assert(ROWS % 32 == 0 && ROWS <= 256 && (GROUPS == 2 || GROUPS == 3) && (CLUSTER == 1 || CLUSTER == 2));
+static_assert(STAGES >= 2 && (SINGLE || !SCALED) && (CLUSTER == 1 || !SINGLE));
+
 constexpr int THREADS = GROUPS * 128;
 constexpr int FEATURES = 32;  // of a group
 constexpr int PART = 8;       // features of a warp
@@ -59,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  float eps, int parts, int rows, int k, int tiles_of_rows, int tiles_of_features, int band) {
   extern __shared__ char memory[];
   __shared__ u64 ready_barriers[STAGES], free_barriers[STAGES];
-  __shared__ float scales[ROWS];
+  __shared__ alignas(8) float scales[ROWS];
   const u32 ring = (address(memory) + 1023) & ~1023u;  // swizzled memory begins at a multiple of that
   const u32 ready = address(ready_barriers), free = address(free_barriers);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -93,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // What the first thread of a group fetches next: the group's rows of the weight, and if it is the first group's, x.
   int next_tile = blockIdx.x, next_step = 0, next_stage = 0, next_phase = 1, next_row, next_part;
   place(next_tile, next_row, next_part);
+  const int first_row = next_row;
   auto fetch = [&](bool weight, bool x) {
     const u32 barrier = ready + 8 * next_stage, at = ring + next_stage * STAGE_BYTES;
     if (weight) {
@@ -111,11 +115,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
   };
   if (first_of_group) {  // the first stages' weights come while the kernel before this one, which writes x, still runs
-    const int row = next_row, part = next_part;
+    const int part = next_part;
     int early = 0;
     for (; early < STAGES && next_tile < tiles; early++) fetch(true, false);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    next_tile = blockIdx.x, next_row = row, next_part = part, next_step = next_stage = 0, next_phase = 1;
+    next_tile = blockIdx.x, next_row = first_row, next_part = part, next_step = next_stage = 0, next_phase = 1;
     for (int i = 0; i < early; i++) fetch(false, true);
   }
   __syncwarp();
@@ -131,7 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int j = 0; j < AT_A_TIME; j++) {
           const int row = i * GROUPS * 4 + warp, part = first + j * 32 + lane;
-          if (row < rows && part < parts) squares[i] += scale_squares[(u64)row * parts + part];
+          if (row < ROWS && first_row + row < rows && part < parts)
+            squares[i] += scale_squares[(u64)(first_row + row) * parts + part];
         }
 #pragma unroll
     for (int i = 0; i < OF_WARP; i++) {
@@ -147,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 out = SINGLE ? ring + group * WEIGHT_BYTES : ring + STAGES * STAGE_BYTES + group * (ROWS * ROW_BYTES);
   constexpr int TO_NEXT_PIECE = SINGLE ? STAGE_BYTES : PIECE * ROW_BYTES;
   const u32 free_there = CLUSTER == 1 ? free : address_of(free, threadIdx.x % CLUSTER);
-  // (Without a scope: with a cluster's, all that is under way is waited for, and the L1 cache emptied, at every stage.)
+  // (With the scope of a program, as it is where none is given: with a cluster's, all that is under way would be waited
+  // for, and the L1 cache emptied, at every stage. Nothing but matrix units has read what is given back.)
   auto give_back = [&](int stage) {
     if (threadIdx.x % 128 < CLUSTER)
       asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(free_there + 8 * stage) : "memory");
@@ -216,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   if (first_of_group) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   if (CLUSTER > 1) {  // until nobody gives back stages of this program, or sends to it
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   }
 }

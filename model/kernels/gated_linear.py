@@ -7,16 +7,18 @@ a gate, for more rows than *ring* is fast for. gated_linear.cu tells how.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from model.errors import ModelError
-from model.kernels.cuda_source import CudaSourceError, Source, kernel_of, multiplication, number, pointer, tensor_map
+from model.kernels.cuda_source import Source, dispensable, kernel_of, multiplication, number, pointer, tensor_map
 from model.kernels.norm import Scale
 
 _FEATURES = 32  # of a group of warps
 _SLICE = 64  # columns of a stage
+LEAST_ROWS = 65
+"""Up to 64 others are faster."""
 _MAX_ROWS = 256  # of a tile: the widest right operand that matrix units take
 _ALIGNMENT = 1024  # of swizzled memory
 _ROOM = (227 << 10) - _ALIGNMENT - 2048  # for operands and results, beside barriers and scales
@@ -28,10 +30,12 @@ _LEAST_FILLED = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a launch is cut into tiles of `block_rows` rows and 32 * `groups` features."""
+    """How a launch of so many rows and features is cut into tiles of `block_rows` rows and 32 * `groups` features, of
+    which so many programs, an even number, compute one each at a time.
+    """
 
-    block_rows: int
-    groups: int
+    block_rows: int  # 32 to 256, a multiple of 32
+    groups: int  # 2 or 3
     rows: int
     features: int
     programs: int
@@ -42,7 +46,7 @@ class Cut:
 
     @property
     def tiles_of_features(self) -> int:
-        """As many as programs of a cluster share."""
+        """A multiple of `cluster`."""
         tiles = _cdiv(self.features, _FEATURES * self.groups)
         return tiles if self.single else _cdiv(tiles, 2) * 2
 
@@ -63,7 +67,7 @@ class Cut:
 
     @property
     def cluster(self) -> int:
-        """One after the other, tiles of neighbours would meet x in the L2 cache again; at once, all ask for it."""
+        """Programs that fetch x for one another. With a single tile for each, that is no faster."""
         return 1 if self.single else 2
 
     @property
@@ -88,7 +92,7 @@ class Cut:
         return 0 if self.single else self.block_rows * self.groups * _FEATURES * 2
 
     def source(self, *, scaled: bool = False) -> Source:
-        assert self.single or not scaled, "scales are those of one tile"
+        assert self.single or not scaled, "a program has the scales of one tile"
         return Source(
             "gated_linear.cu",
             (
@@ -114,8 +118,9 @@ def cut_for(rows: int, features: int, k: int, programs: int) -> Cut | None:
     Tiles that are as large as they may be are the best, since each fetches both operands for itself; somewhat smaller
     ones where that lets programs end together.
     """
-    if rows <= 64 or features % 8 or k % _SLICE:
+    if rows < LEAST_ROWS or features % 8 or k % _SLICE:
         return None
+    programs -= programs % 2  # neighbours are a cluster
     fewest = _cdiv(rows, _MAX_ROWS)
     cuts = (
         Cut(_cdiv(_cdiv(rows, tiles), 32) * 32, groups, rows, features, programs)
@@ -124,9 +129,30 @@ def cut_for(rows: int, features: int, k: int, programs: int) -> Cut | None:
     )
     best = min(
         (cut for cut in cuts if fewest == 1 or cut.block_rows >= _LEAST_OF_SEVERAL),
-        key=lambda cut: cut.turns * (cut.block_rows + 96) * (cut.groups + 0.25),  # what a tile takes, in no unit
+        key=lambda cut: cut.turns * (cut.block_rows + 96) * (cut.groups + 0.25),  # as 8B's tiles take time
     )
     return best if best.filled >= _LEAST_FILLED else None
+
+
+def sources_for(most_rows: int, features: int, k: int, programs: int) -> Iterable[Source]:
+    """Return all kernels that launches of up to so many rows may be of."""
+    every: dict[Source, None] = {}  # in this order
+    for rows in range(LEAST_ROWS, most_rows + 1, 32):  # which up to the next number are cut alike
+        cut = cut_for(rows, features, k, programs)
+        if cut is not None:
+            every |= {cut.source(scaled=scaled): None for scaled in {False, cut.single}}
+    return every
+
+
+def load_kernels(weight: torch.Tensor, most_rows: int, programs: int) -> None:
+    """Compile and load all kernels that `gated_linear` may launch for a weight and up to so many rows, or tell of them
+    where launches are only tried: steps of any number of rows may come, and none is to wait for a compiler.
+
+    Raises ModelError where a kernel cannot be compiled or loaded.
+    """
+    with dispensable("gated_linear"):
+        for source in sources_for(most_rows, weight.shape[0] // 2, weight.shape[1], programs):
+            kernel_of(source, weight.device)
 
 
 def gated_linear(
@@ -138,34 +164,35 @@ def gated_linear(
     x: [rows, k], as many as the cut is for. weight: [2 * features, k], gates before ups. The result: [rows, features].
     All of bfloat16 and contiguous. Products are float32, and a gate is rounded before it is multiplied.
 
-    Raises ModelError where the kernel cannot be compiled or loaded.
+    Raises ModelError where the kernel cannot be compiled, loaded or launched.
     """
     rows, k = x.shape
     features = weight.shape[0] // 2
     assert (rows, features) == (cut.rows, cut.features), f"[{rows}, {features}] for {cut}"
+    assert weight.shape == (2 * features, k), f"{tuple(weight.shape)} for {k} columns"
+    assert features % 8 == 0 == k % _SLICE, f"a weight of [{2 * features}, {k}] is not cut into tiles"
     assert x.is_contiguous(), "x must be contiguous"
     assert weight.is_contiguous(), "the weight must be contiguous"
-    out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
-    try:
-        kernel = kernel_of(cut.source(scaled=scale is not None), x.device)
-    except CudaSourceError as error:
-        raise ModelError(f"{error}; set LIGHTQWEN_WITHOUT=gated_linear to leave its layers to other kernels") from error
-    if kernel is None:
-        return out
-    tiles = cut.tiles_of_rows * cut.tiles_of_features
-    kernel.launch(
-        min(tiles, cut.programs),
-        cut.groups * 128,
-        # Eight gates lie before their eight ups.
-        tensor_map(weight, (k, 8, 2, features // 8), (k, features * k, 8 * k), (_SLICE, 8, 2, _FEATURES // 8)),
-        tensor_map(x, (k, rows), (k,), (_SLICE, cut.block_rows // cut.cluster)),
-        tensor_map(out, (features, rows), (features,), (_FEATURES, cut.rows_of_piece)),
-        pointer(out if scale is None else scale.squares),  # nothing is read through it if there is no scale
-        number(0.0 if scale is None else scale.eps),
-        number(0 if scale is None else scale.squares.shape[1]),
-        *map(number, (rows, k, cut.tiles_of_rows, cut.tiles_of_features, _BAND)),
-        cluster=cut.cluster,
-        shared_bytes=cut.shared_bytes,
-        pdl=pdl,
+    assert scale is None or (scale.squares.is_contiguous() and len(scale.squares) == rows), (
+        "sums of squares of each row"
     )
+    out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    with dispensable("gated_linear"):
+        kernel = kernel_of(cut.source(scaled=scale is not None), x.device)
+        if kernel is not None:
+            kernel.launch(
+                min(cut.tiles_of_rows * cut.tiles_of_features, cut.programs),
+                cut.groups * 128,
+                # Eight gates lie before their eight ups.
+                tensor_map(weight, (k, 8, 2, features // 8), (k, features * k, 8 * k), (_SLICE, 8, 2, _FEATURES // 8)),
+                tensor_map(x, (k, rows), (k,), (_SLICE, cut.block_rows // cut.cluster)),
+                tensor_map(out, (features, rows), (features,), (_FEATURES, cut.rows_of_piece)),
+                pointer(out if scale is None else scale.squares),  # nothing is read through it if there is no scale
+                number(0.0 if scale is None else scale.eps),
+                number(0 if scale is None else scale.squares.shape[1]),
+                *map(number, (rows, k, cut.tiles_of_rows, cut.tiles_of_features, _BAND)),
+                cluster=cut.cluster,
+                shared_bytes=cut.shared_bytes,
+                pdl=pdl,
+            )
     return out

@@ -26,7 +26,7 @@ __device__ __forceinline__ void expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until the bytes that are expected have come: of tiles, which only matrix units read.
+// Until all have arrived, and the bytes that are expected: of tiles, which only matrix units read.
 __device__ __forceinline__ void await(u32 barrier, int phase) {
   asm volatile(
       "{\n"

@@ -15,7 +15,7 @@ from model.kernels import cublaslt, packed
 from model.kernels.activation import silu_and_mul
 from model.kernels.cuda_source import compiles
 from model.kernels.dependent import dependent_launch
-from model.kernels.gated_linear import Cut, cut_for, gated_linear
+from model.kernels.gated_linear import cut_for, gated_linear, load_kernels
 from model.kernels.norm import Normed, add_rms_norm, rms_norm
 from model.kernels.peer_sum import Push, Pushed
 from model.kernels.runtime import fetches_tiles, multiprocessors, use_triton, wanted
@@ -86,12 +86,21 @@ def norm_linear(
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_triton(x, weight, bias, scale=normed.scale, gated=gated, tiling=tiling, pdl=pdl)
-    if gated and bias is None and (cut := _cut(x, weight)) is not None:
-        scale = normed.scale if cut.single else None
-        rows = x if scale is not None else normed.finish()
-        return gated_linear(rows, weight, scale=scale, cut=cut, pdl=bool(dependent_launch(x)))
+    if gated and bias is None and _gates_many(weight):
+        cut = cut_for(x.shape[0], weight.shape[0] // 2, weight.shape[1], multiprocessors(x.device))
+        if cut is not None:
+            scale = normed.scale if cut.single else None
+            rows = normed.finish() if scale is None else x
+            return gated_linear(rows, weight, scale=scale, cut=cut, pdl=bool(dependent_launch(x)))
     product = _separate(normed.finish(), weight, bias)
     return silu_and_mul(product) if gated else product
+
+
+def load_gates(weight: torch.Tensor, most_rows: int) -> None:
+    """Have all kernels at hand of which `norm_linear` with a gate may launch one for up to so many rows: it depends on
+    the very number, of which steps can have any."""
+    if _gates_many(weight):
+        load_kernels(weight, most_rows, multiprocessors(weight.device))
 
 
 def linear_add_norm(
@@ -160,12 +169,9 @@ def _summing(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
     return summing_tiling_for(x.shape[0], *weight.shape)
 
 
-def _cut(x: torch.Tensor, weight: torch.Tensor) -> Cut | None:
-    """How to compute gate, up and SiLU of many rows in one launch; None where that cannot be done, or does not pay."""
-    if not (wanted("gated_linear") and x.dtype is torch.bfloat16 and use_triton(x) and compiles(x.device)):
-        return None
-    n, k = weight.shape
-    return cut_for(x.shape[0], n // 2, k, multiprocessors(x.device))
+def _gates_many(weight: torch.Tensor) -> bool:
+    """Tell whether gate, up and SiLU of many rows may be one launch."""
+    return wanted("gated_linear") and weight.dtype is torch.bfloat16 and use_triton(weight) and compiles(weight.device)
 
 
 def _has_clusters(device: torch.device) -> bool:
