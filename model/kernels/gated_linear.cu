@@ -9,8 +9,8 @@
 // share of x for all of them.
 //
 // Defined before this text: ROWS, 32 to 256, a multiple of 32; GROUPS, 2 or 3; CLUSTER, 1 or 2; STAGES, of the ring
-// that operands come into; SINGLE, whether no program has more than one tile; SCALED, with SINGLE, whether x is still to
-// be multiplied by 1 / rms of its rows; and what hopper.cuh wants.
+// that operands come into; SINGLE, whether no program has more than one tile; SCALED, with SINGLE and if a tile has all
+// rows, whether x is still to be multiplied by 1 / rms of its rows; and what hopper.cuh wants.
 
 #include "hopper.cuh"
 
@@ -96,7 +96,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // What the first thread of a group fetches next: the group's rows of the weight, and if it is the first group's, x.
   int next_tile = blockIdx.x, next_step = 0, next_stage = 0, next_phase = 1, next_row, next_part;
   place(next_tile, next_row, next_part);
-  const int first_row = next_row;
   auto fetch = [&](bool weight, bool x) {
     const u32 barrier = ready + 8 * next_stage, at = ring + next_stage * STAGE_BYTES;
     if (weight) {
@@ -115,11 +114,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
   };
   if (first_of_group) {  // the first stages' weights come while the kernel before this one, which writes x, still runs
-    const int part = next_part;
+    const int row = next_row, part = next_part;
     int early = 0;
     for (; early < STAGES && next_tile < tiles; early++) fetch(true, false);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    next_tile = blockIdx.x, next_row = first_row, next_part = part, next_step = next_stage = 0, next_phase = 1;
+    next_tile = blockIdx.x, next_row = row, next_part = part, next_step = next_stage = 0, next_phase = 1;
     for (int i = 0; i < early; i++) fetch(false, true);
   }
   __syncwarp();
@@ -135,8 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int j = 0; j < AT_A_TIME; j++) {
           const int row = i * GROUPS * 4 + warp, part = first + j * 32 + lane;
-          if (row < ROWS && first_row + row < rows && part < parts)
-            squares[i] += scale_squares[(u64)(first_row + row) * parts + part];
+          if (row < rows && part < parts) squares[i] += scale_squares[(u64)row * parts + part];
         }
 #pragma unroll
     for (int i = 0; i < OF_WARP; i++) {

@@ -56,6 +56,11 @@ class Cut:
         return self.tiles_of_rows * _cdiv(self.features, _FEATURES * self.groups) <= self.programs
 
     @property
+    def scales(self) -> bool:
+        """Whether x may be one that is still to be scaled."""
+        return self.single and self.tiles_of_rows == 1
+
+    @property
     def turns(self) -> int:
         """How many tiles the programs that have most compute one after the other."""
         return _cdiv(self.tiles_of_rows * self.tiles_of_features, self.programs)
@@ -92,7 +97,7 @@ class Cut:
         return 0 if self.single else self.block_rows * self.groups * _FEATURES * 2
 
     def source(self, *, scaled: bool = False) -> Source:
-        assert self.single or not scaled, "a program has the scales of one tile"
+        assert self.scales or not scaled, "a program has the scales of one tile, which must be all"
         return Source(
             "gated_linear.cu",
             (
@@ -140,7 +145,7 @@ def sources_for(most_rows: int, features: int, k: int, programs: int) -> Iterabl
     for rows in range(LEAST_ROWS, most_rows + 1, 32):  # which up to the next number are cut alike
         cut = cut_for(rows, features, k, programs)
         if cut is not None:
-            every |= {cut.source(scaled=scaled): None for scaled in {False, cut.single}}
+            every |= {cut.source(scaled=scaled): None for scaled in {False, cut.scales}}
     return every
 
 
@@ -158,8 +163,8 @@ def load_kernels(weight: torch.Tensor, most_rows: int, programs: int) -> None:
 def gated_linear(
     x: torch.Tensor, weight: torch.Tensor, *, scale: Scale | None = None, cut: Cut, pdl: bool
 ) -> torch.Tensor:
-    """Return silu(gates) * ups, both of x @ weight.T; with `scale`, which takes a cut of single tiles, x is one that is
-    still to be scaled.
+    """Return silu(gates) * ups, both of x @ weight.T; with `scale`, if the cut `scales`, x is one that is still to
+    be scaled.
 
     x: [rows, k], as many as the cut is for. weight: [2 * features, k], gates before ups. The result: [rows, features].
     All of bfloat16 and contiguous. Products are float32, and a gate is rounded before it is multiplied.

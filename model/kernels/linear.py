@@ -89,7 +89,7 @@ def norm_linear(
     if gated and bias is None and _gates_many(weight):
         cut = cut_for(x.shape[0], weight.shape[0] // 2, weight.shape[1], multiprocessors(x.device))
         if cut is not None:
-            scale = normed.scale if cut.single else None
+            scale = normed.scale if cut.scales else None
             rows = normed.finish() if scale is None else x
             return gated_linear(rows, weight, scale=scale, cut=cut, pdl=bool(dependent_launch(x)))
     product = _separate(normed.finish(), weight, bias)
