@@ -1,4 +1,4 @@
-"""Benchmark of the Triton kernels on one GPU: `python -m bench.kernels --json out.json`.
+"""Benchmark of the kernels that a model launches, on one GPU: `python -m bench.kernels --json out.json`.
 
 Each kernel is captured in a CUDA graph over several sets of inputs, which together exceed the L2 cache, and timed by
 events around replays: the median, per launch. Bytes are the fewest that must move through device memory (each input

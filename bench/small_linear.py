@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from bench.provenance import json_file, provenance
 from bench.shapes import share, split_share, write_config
 from model.kernels import cluster_linear
+from model.kernels.cuda_source import SLICE
 from model.kernels.linear import linear_add_norm, norm_linear
 from model.kernels.norm import Normed, Scale
 from model.kernels.runtime import triton
@@ -142,7 +143,7 @@ def _cluster_tilings(layer: Layer, rows: int) -> Iterator[Tiling]:
     """Return those with as many tiles under way as one or two programs to each multiprocessor have room for."""
     block_rows = max(8, rows)
     for size, slices in product((2, 4), (1, 2, 3, 4)):
-        block_k = slices * cluster_linear.SLICE
+        block_k = slices * SLICE
         steps = layer.k // (size * block_k)
         cut = layer.n % cluster_linear.FEATURES == 0 == layer.k % (size * block_k)
         if not cut or steps < 2 or layer.n // cluster_linear.FEATURES * size > 264:

@@ -250,7 +250,7 @@ class Qwen3ForCausalLM(nn.Module):
         return self.lm_head.forward_share(hidden_states)
 
     def load_kernels(self, most_tokens: int) -> None:
-        """Have at hand what steps of some number of tokens, up to so many, would launch and those of others do not."""
+        """Compile and load the kernels of which the very number of a step's tokens, up to so many, decides on one."""
         layer = self.model.layers[0]
         assert isinstance(layer, Qwen3DecoderLayer)
         load_gates(layer.mlp.gate_up_proj.weight, most_tokens)

@@ -17,7 +17,17 @@ from typing import NamedTuple
 
 import torch
 
-from model.kernels.cuda_source import Source, dispensable, kernel_of, multiplication, number, pointer, tensor_map
+from model.kernels.cuda_source import (
+    ALIGNMENT,
+    SLICE,
+    Source,
+    dispensable,
+    kernel_of,
+    multiplication,
+    number,
+    pointer,
+    tensor_map,
+)
 from model.kernels.norm import Scale
 from model.kernels.peer_sum import EMPTY, Pushed
 
@@ -25,10 +35,7 @@ FEATURES = 64
 """A cluster's, the rows of matrix units' left operand."""
 _PART = 16
 """Features of a warp."""
-SLICE = 64
-"""Columns of a tile come in slices: what is swizzled is 128 bytes wide."""
 _THREADS = 160  # four warps that multiply, and one that fetches
-_ALIGNMENT = 1024  # of swizzled memory
 _SHARED_BYTES = 228 << 10  # of a Hopper's multiprocessor
 _RESERVED_BYTES = 1 << 10  # of each program's
 MAX_STAGES = 32
@@ -70,7 +77,7 @@ def source_of(
 
 def most_stages(rows: int, slices: int, programs: int = 1) -> int:
     """Return how many tiles of each operand a program has room for, of so many on a multiprocessor."""
-    fixed = _RESERVED_BYTES + _ALIGNMENT + (FEATURES + 1) * rows * 4 + (2 * MAX_STAGES + 2) * 8
+    fixed = _RESERVED_BYTES + ALIGNMENT + (FEATURES + 1) * rows * 4 + (2 * MAX_STAGES + 2) * 8
     return min((_SHARED_BYTES // programs - fixed) // _stage_bytes(rows, slices), MAX_STAGES)
 
 
@@ -132,7 +139,7 @@ def cluster_linear(
             number(0.0 if scale is None else scale.eps),
             *map(number, (0 if scale is None else scale.squares.shape[1], rows, n, k, stages)),
             cluster=cluster,
-            shared_bytes=_ALIGNMENT + stages * _stage_bytes(block_rows, slices),
+            shared_bytes=ALIGNMENT + stages * _stage_bytes(block_rows, slices),
             pdl=pdl,
         )
 

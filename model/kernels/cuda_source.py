@@ -25,6 +25,10 @@ from model.kernels.runtime import is_hopper, triton
 logger = logging.getLogger(__name__)
 
 _HEADER = "hopper.cuh"  # which all may include
+SLICE = 64
+"""Columns, as the header says: what is swizzled is 128 bytes wide."""
+ALIGNMENT = 1024
+"""Of swizzled shared memory, in bytes."""
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 """The a is for what only this generation has: matrix units that take operands from shared memory."""
 

@@ -12,16 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
-from model.kernels.cuda_source import Source, dispensable, kernel_of, multiplication, number, pointer, tensor_map
+from model.kernels.cuda_source import (
+    ALIGNMENT,
+    SLICE,
+    Source,
+    dispensable,
+    kernel_of,
+    multiplication,
+    number,
+    pointer,
+    tensor_map,
+)
 from model.kernels.norm import Scale
 
 _FEATURES = 32  # of a group of warps
-_SLICE = 64  # columns of a stage
 LEAST_ROWS = 65
 """Up to 64 others are faster."""
 _MAX_ROWS = 256  # of a tile: the widest right operand that matrix units take
-_ALIGNMENT = 1024  # of swizzled memory
-_ROOM = (227 << 10) - _ALIGNMENT - 2048  # for operands and results, beside barriers and scales
+_ROOM = (227 << 10) - ALIGNMENT - 2048  # for operands and results, beside barriers and scales
 _BAND = 8  # tiles of rows: in 8B, the x of 2,048 rows is 16 MB, a third of the L2 cache
 _LEAST_OF_SEVERAL = 160  # rows of a tile, where there are several: with fewer, the weight passes the L2 cache too often
 _LEAST_FILLED = 0.9
@@ -86,11 +94,11 @@ class Cut:
 
     @property
     def shared_bytes(self) -> int:
-        return _ALIGNMENT + self.stages * self._stage_bytes + self._result_bytes
+        return ALIGNMENT + self.stages * self._stage_bytes + self._result_bytes
 
     @property
     def _stage_bytes(self) -> int:
-        return (2 * _FEATURES * self.groups + self.block_rows) * _SLICE * 2
+        return (2 * _FEATURES * self.groups + self.block_rows) * SLICE * 2
 
     @property
     def _result_bytes(self) -> int:
@@ -123,7 +131,7 @@ def cut_for(rows: int, features: int, k: int, programs: int) -> Cut | None:
     Tiles that are as large as they may be are the best, since each fetches both operands for itself; somewhat smaller
     ones where that lets programs end together.
     """
-    if rows < LEAST_ROWS or features % 8 or k % _SLICE:
+    if rows < LEAST_ROWS or features % 8 or k % SLICE:
         return None
     programs -= programs % 2  # neighbours are a cluster
     fewest = _cdiv(rows, _MAX_ROWS)
@@ -175,7 +183,7 @@ def gated_linear(
     features = weight.shape[0] // 2
     assert (rows, features) == (cut.rows, cut.features), f"[{rows}, {features}] for {cut}"
     assert weight.shape == (2 * features, k), f"{tuple(weight.shape)} for {k} columns"
-    assert features % 8 == 0 == k % _SLICE, f"a weight of [{2 * features}, {k}] is not cut into tiles"
+    assert features % 8 == 0 == k % SLICE, f"a weight of [{2 * features}, {k}] is not cut into tiles"
     assert x.is_contiguous(), "x must be contiguous"
     assert weight.is_contiguous(), "the weight must be contiguous"
     assert scale is None or (scale.squares.is_contiguous() and len(scale.squares) == rows), (
@@ -189,8 +197,8 @@ def gated_linear(
                 min(cut.tiles_of_rows * cut.tiles_of_features, cut.programs),
                 cut.groups * 128,
                 # Eight gates lie before their eight ups.
-                tensor_map(weight, (k, 8, 2, features // 8), (k, features * k, 8 * k), (_SLICE, 8, 2, _FEATURES // 8)),
-                tensor_map(x, (k, rows), (k,), (_SLICE, cut.block_rows // cut.cluster)),
+                tensor_map(weight, (k, 8, 2, features // 8), (k, features * k, 8 * k), (SLICE, 8, 2, _FEATURES // 8)),
+                tensor_map(x, (k, rows), (k,), (SLICE, cut.block_rows // cut.cluster)),
                 tensor_map(out, (features, rows), (features,), (_FEATURES, cut.rows_of_piece)),
                 pointer(out if scale is None else scale.squares),  # nothing is read through it if there is no scale
                 number(0.0 if scale is None else scale.eps),

@@ -97,8 +97,8 @@ def norm_linear(
 
 
 def load_gates(weight: torch.Tensor, most_rows: int) -> None:
-    """Have all kernels at hand of which `norm_linear` with a gate may launch one for up to so many rows: it depends on
-    the very number, of which steps can have any."""
+    """Compile and load all kernels of which `norm_linear` with a gate launches one for up to so many rows: the very
+    number decides which, and steps can have any."""
     if _gates_many(weight):
         load_kernels(weight, most_rows, multiprocessors(weight.device))
 

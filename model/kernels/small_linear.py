@@ -39,6 +39,7 @@ import torch.nn.functional as F
 
 from model.kernels import cluster_linear
 from model.kernels.activation import silu_and_mul_torch
+from model.kernels.cuda_source import SLICE
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
 from model.kernels.peer_sum import Push, Pushed
@@ -78,7 +79,7 @@ class Tiling:
             assert self.rows <= 2, "fma has one or two rows"
         elif self.form == "cluster":
             assert self.block_n == cluster_linear.FEATURES, "a program of cluster has 64 weight rows"
-            assert self.block_k % cluster_linear.SLICE == 0, "a tile of cluster is made of slices"
+            assert self.block_k % SLICE == 0, "a tile of cluster is made of slices"
             assert self.rows <= self.block_rows, "a program of cluster has all rows"
             assert self.block_rows in range(8, 65, 8), "a program of cluster has 8 to 64 rows, in steps of 8"
             assert self.splits in (2, 4), "a cluster has two or four programs"
@@ -219,7 +220,7 @@ def _launch(
                 pushed=pushed,
                 block_rows=tiling.block_rows,
                 cluster=tiling.splits,
-                slices=tiling.block_k // cluster_linear.SLICE,
+                slices=tiling.block_k // SLICE,
                 stages=tiling.stages,
                 pdl=pdl,
             )

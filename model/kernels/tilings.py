@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from model.kernels import cluster_linear
+from model.kernels.cuda_source import SLICE
 from model.kernels.small_linear import Tiling
 
 ROW_CLASSES = (1, 2, 8, 16, 32, 64, 128, 256)
@@ -184,7 +185,7 @@ def cluster_tiling(work: Work) -> Tiling | None:
     if work.gated or work.n % cluster_linear.FEATURES or not 2 <= work.rows <= 64:
         return None
     rows, slices = max(8, work.rows), 2
-    block_k = slices * cluster_linear.SLICE
+    block_k = slices * SLICE
     for size, programs, at_a_time in ((4, 1, 120), (4, 2, 240), (2, 1, 132)):
         stages = min(cluster_linear.most_stages(rows, slices, programs), work.k // (size * block_k))
         fits = size * clusters <= at_a_time and work.k % (size * block_k) == 0 and stages > 1

@@ -128,6 +128,8 @@ def test_every_kernel_of_ours_has_a_group() -> None:
     modules = [importlib.import_module(f"model.kernels.{m.name}") for m in pkgutil.iter_modules(model.kernels.__path__)]
     kernels = [name for module in (*modules, worker.table_kernels) for name in vars(module) if name.endswith("_kernel")]
     assert len(kernels) > 12
+    kernels += [file.stem for path in model.kernels.__path__ for file in Path(path).glob("*.cu")]
+    assert "gated_linear" in kernels
     assert [name for name in kernels if group_of(name) == "torch"] == []
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from bench.shapes import SIZES
 from model.kernels import cluster_linear
+from model.kernels.cuda_source import SLICE
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling
 from model.kernels.tilings import Work, cluster_tiling, default_tiling, summing_tiling_for, tiling_for
@@ -95,7 +96,7 @@ def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
                 tile_bytes = 2 * (tiling.block_rows + tiling.block_n) * tiling.block_k
                 assert tiling.stages * (tile_bytes + 16) <= SHARED_BYTES, tiling
             if tiling is not None and tiling.form == "cluster":
-                slices = tiling.block_k // cluster_linear.SLICE
+                slices = tiling.block_k // SLICE
                 assert 2 <= tiling.stages <= cluster_linear.most_stages(tiling.block_rows, slices), tiling
         if used is not None and used.form == "ring" and (parts := parts_before(layer, rows, layers)):
             squares = used.block_rows * triton.next_power_of_2(parts)

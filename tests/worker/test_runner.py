@@ -123,6 +123,16 @@ def test_warming_up_takes_no_more_rows_than_may_run(tiny_checkpoint: Path, max_r
     assert {plan.is_decode for plan in plans} == {False, True}
 
 
+def test_warming_up_loads_kernels_of_every_number_of_tokens(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_checkpoint)
+    loaded: list[int] = []
+    monkeypatch.setattr(runner._model, "load_kernels", loaded.append)
+    runner.warm_up()
+    assert loaded == [runner._runtime.max_batched_tokens]
+
+
 def test_shapes_take_what_fits() -> None:
     decode, mixed = StepShape.decode(4, MAX_LEN), StepShape.mixed(64, 4, MAX_LEN)
     assert (decode.bounds.num_tokens, decode.bounds.max_chunk_rows) == (4, 0)

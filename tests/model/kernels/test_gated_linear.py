@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import ModelError
+from model.kernels import cuda_source
 from model.kernels import gated_linear as gated_linear_module
+from model.kernels import linear as linear_module
 from model.kernels.cuda_source import CudaSourceError, Source
 from model.kernels.gated_linear import Cut, cut_for, gated_linear, sources_for
-from model.kernels.linear import norm_linear
+from model.kernels.linear import load_gates, norm_linear
 from model.kernels.norm import Normed, Scale, rms_norm_triton
 from model.kernels.runtime import multiprocessors
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton
@@ -197,6 +199,19 @@ def test_all_kernels_are_known_before(features: int, programs: int, most: int) -
     cuts = [cut for rows in range(1, most + 1) if (cut := cut_for(rows, features, 512, programs)) is not None]
     launched = {cut.source(scaled=scaled) for cut in cuts for scaled in {False, cut.scales}}
     assert set(sources_for(most, features, 512, programs)) == launched
+
+
+def test_kernels_are_told_of_where_launches_are_only_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Source] = []
+    monkeypatch.setattr(cuda_source, "instead_of_launching", told.append)
+    weight = torch.empty((2 * 12288, 64), dtype=BFLOAT16)
+    load_gates(weight, 8192)
+    assert not told, "a CPU has none"
+    for name, value in (("_gates_many", True), ("multiprocessors", 132)):
+        monkeypatch.setattr(linear_module, name, lambda _, value=value: value)
+    load_gates(weight, 8192)
+    assert told == list(sources_for(8192, 12288, 64, 132))
+    assert len(told) == 16
 
 
 @pytest.mark.parametrize(

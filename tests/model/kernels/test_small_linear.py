@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from model.kernels import cluster_linear
 from model.kernels.cluster_linear import source_of
-from model.kernels.cuda_source import kernel_of
+from model.kernels.cuda_source import SLICE, kernel_of
 from model.kernels.norm import Normed, Scale
 from model.kernels.peer_sum import EMPTY, Push, Pushed
 from model.kernels.runtime import is_hopper
@@ -329,7 +329,7 @@ def test_cluster(triton_device: torch.device, tiling: Tiling, shape: tuple[int, 
 
 def cut_of(tiling: Tiling) -> dict[str, int]:
     """How `cluster_linear` is told of a tiling."""
-    slices = tiling.block_k // cluster_linear.SLICE
+    slices = tiling.block_k // SLICE
     return {"block_rows": tiling.block_rows, "cluster": tiling.splits, "slices": slices, "stages": tiling.stages}
 
 
