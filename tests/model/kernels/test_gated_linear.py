@@ -172,6 +172,7 @@ def test_a_layer_takes_it(triton_device: torch.device, rows: int, monkeypatch: p
 
 
 @given(rows=st.integers(1, 20_000), features=st.integers(1, 4000).map(lambda n: 8 * n), programs=st.integers(2, 160))
+@settings(deadline=None)
 def test_every_cut_can_be_launched(rows: int, features: int, programs: int) -> None:
     cut = cut_for(rows, features, 4096, programs)
     if cut is None:
