@@ -89,7 +89,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
   const int steps = k / (COLUMNS * CLUSTER), first = own * steps;
   const int early = steps < stages ? steps : stages;
 
-  asm volatile("griddepcontrol.launch_dependents;");
+  // A sum over ranks lets the next launch begin when it ends: that one's weights would be in the way of what others send.
+  if (!RANKS) asm volatile("griddepcontrol.launch_dependents;");
   if (warp == WARPS) {
     if (lane == 0) {
       for (int i = 0; i < stages; i++) {

@@ -14,6 +14,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from model.kernels.linear import can_push, can_sum, linear, linear_sum_add_norm, norm_linear
 from model.kernels.norm import Normed, add_rms_norm_triton
+from model.kernels.tilings import MAX_SUMMED_ROWS
 from model.parallel import TensorParallel
 from model.peer_sums import Limits, PeerSums, Place, obstacle
 from tests.model.shared_files import shared_files
@@ -443,7 +444,7 @@ def main(rank: int, rendezvous: str) -> None:
                 more = PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device, layers_sum=True)
                 check_layers(more, rank, pushed=(33, 64))
                 assert peer_sums.pushed(torch.Size((1, 1024)), dtype, Place.MLP) is None, "layers are not to sum"
-                for rows in (1, 2):
+                for rows in sorted({1, 2, 5, MAX_SUMMED_ROWS}):
                     check_layers_that_sum(more, rank, rows)
                 check_largest(group, rank, device)
     dist.barrier()
