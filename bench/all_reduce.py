@@ -1,11 +1,11 @@
 """How long an all-reduce takes on the GPUs of one machine: `python -m bench.all_reduce --json out.json`.
 
-NCCL against our own kernel (`model/peer_sums.py`), in one shot and in two, with the residual addition and the norm that
-a layer has behind it (for NCCL, in a kernel of their own) and, but for two shots, without; and PyTorch's one-shot and
-two-shot kernels. Each is captured in a CUDA graph, many calls in a row, and timed by events around replays: the median
-per call, on the slowest rank. Results are checked once, outside of the timing. Last comes, for each width, from how
-many rows on which of them is the fastest with norm. (What NCCL and PyTorch's two-shot kernel sum in place grows until
-it overflows, which takes them no longer.)
+NCCL against our own kernels (`model/peer_sums.py`), in one shot, which pushes summands itself, and in two, with the
+residual addition and the norm that a layer has behind it (for NCCL, in a kernel of their own) and, but for two shots,
+without; and PyTorch's one-shot and two-shot kernels. Each is captured in a CUDA graph, many calls in a row, and timed
+by events around replays: the median per call, on the slowest rank. Results are checked once, outside of the timing.
+Last comes, for each width, from how many rows on which of them is the fastest with norm. (What NCCL and PyTorch's
+two-shot kernel sum in place grows until it overflows, which takes them no longer.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from bench.provenance import json_file, provenance
 from model.kernels.norm import add_rms_norm, rms_norm_torch
-from model.peer_sums import MAX_PROGRAMS, Limits, PeerSums, Place, obstacle
+from model.peer_sums import MAX_PROGRAMS, MAX_SUM_BYTES, Limits, PeerSums, Place, obstacle
 
 ROWS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WIDTHS = (4096, 5120)  # hidden sizes of 8B, and of 14B and 32B
@@ -73,13 +73,12 @@ class Sums:
         self._memory = memory
         self._places = cycle((Place.ATTENTION, Place.MLP))
         self._torchs = memory.torchs[: x.numel()].view(x.shape)
-        self._nccl, self._out = torch.empty_like(x), torch.empty_like(x)
+        self._own, self._nccl, self._out = (torch.empty_like(x) for _ in range(3))
         self._residual, self._weight = torch.zeros_like(x), torch.ones_like(x[0])
 
     def fill(self, x: torch.Tensor) -> None:
         """Make `x` this rank's summand, wherever the kinds look for it; none of them may be running on any rank."""
-        ours = (self._room(kind, place) for kind in (self._memory.one_shot, self._memory.two_shot) for place in Place)
-        for summand in (*ours, self._torchs, self._nccl):
+        for summand in (self._own, self._room(self._memory.two_shot, Place.MLP), self._torchs, self._nccl):
             summand.copy_(x)
 
     def make(self, kind: str) -> torch.Tensor:
@@ -90,7 +89,7 @@ class Sums:
                 return self._nccl
             case "one_shot":
                 place = next(self._places)
-                out = self._memory.one_shot.sum(self._room(self._memory.one_shot, place), place)
+                out = self._memory.one_shot.sum(self._own, place)
                 assert out is not None
                 return out
             case "nccl, norm":
@@ -116,7 +115,7 @@ class Sums:
     def _room(self, all_reduce: PeerSums, place: Place) -> torch.Tensor:
         room = all_reduce.room(self._nccl.shape, DTYPE, place)
         assert room is not None
-        return room.memory
+        return self._own if room.memory is None else room.memory
 
 
 def time_call(call: Call) -> float:
@@ -203,10 +202,10 @@ def crossover(results: Sequence[Result], size: int) -> str:
     """
     fastest = groupby(results, key=lambda result: min(WITH_NORM, key=lambda kind: result.us[kind]))
     wins = ", ".join(f"{kind.removesuffix(', norm')} from {next(same).rows} on" for kind, same in fastest)
-    width, limits = results[0].width, Limits.of(size, DTYPE, push=True)
+    width, limits = results[0].width, Limits.of(size, DTYPE, summand=MAX_SUM_BYTES)
     two_shots = min(limits.two_shots // width, size * MAX_PROGRAMS)
     used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {two_shots}"
-    pushed = f"up to {limits.pushed // width} rows are pushed by the layers that can, which is not measured here"
+    pushed = "what layers push by themselves is not measured here"
     return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond; {pushed}"
 
 

@@ -58,7 +58,7 @@ GROUPS = (
     ("sampling", r"_score_kernel|_choose_kernel"),
     ("tables", r"_fetch_kernel|_prepare_kernel|_retire_kernel|_admit_kernel|_enter_blocks_kernel"),
     ("linear", r"gemm|gemv|nvjet|cutlass|splitK|_fma_kernel|ring_kernel|cluster_linear|gated_linear"),
-    ("collectives", r"nccl|all_reduce|_peer_sum_kernel|_peer_logits_kernel"),
+    ("collectives", r"nccl|all_reduce|_one_shot_kernel|_two_shots_kernel|_peer_logits_kernel"),
     ("copies", r"Memcpy|Memset"),
 )
 """Kernel groups by what their names hold, the first that fits; others are 'torch'."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model.kernels.norm import add_rms_norm
-from model.kernels.peer_sum import Pushed
+from model.kernels.peer_sum import OneShot
 from model.peer_sums import PeerSums, Place, Room
 
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
@@ -34,16 +34,16 @@ class TensorParallel:
         return cls()
 
     def room_for_summand(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
-        """Where a sum would have its next argument [rows, width] written, to save a copy; None: it does not mind."""
+        """What can be done for a sum while its argument [rows, width] is made; None: nothing."""
         return None if self.peer_sums is None else self.peer_sums.room(shape, dtype, place)
 
-    def pushed_sum(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Pushed | None:
+    def one_shot(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> OneShot | None:
         """What a layer needs that computes the next sum [rows, width] by itself; None: `all_reduce` is to do it."""
-        return None if self.peer_sums is None else self.peer_sums.pushed(shape, dtype, place)
+        return None if self.peer_sums is None else self.peer_sums.one_shot(shape, dtype, place)
 
     def all_reduce(self, x: torch.Tensor, place: Place, *, pushed: bool = False) -> torch.Tensor:
         """Return the sum of every rank's contiguous [rows, width], the same bits on every rank; `x` is used up.
-        `pushed`: each rank has written it where the room's `push` says, too.
+        `pushed`: this rank has written it where the room's `push` says, too.
 
         It is there until the next sum, which may have it as the residual.
         """
@@ -64,7 +64,7 @@ class TensorParallel:
         *,
         pushed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up. `pushed`: each rank has written it
+        """Return `add_rms_norm` of the sum of every rank's `x`, which is used up. `pushed`: this rank has written it
         where the room's `push` says, too.
 
         The normed rows are the same bits on every rank, and there until the next sum. The second result is good for one

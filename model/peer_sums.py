@@ -1,17 +1,17 @@
 """All-reduce in one kernel, through memory that the GPUs of one machine reach in each other.
 
 A decode step makes two all-reduces a layer, of a few KB each, for which NCCL takes its latency whatever the size. Here
-every rank has its summand written where the others can read it (PyTorch's symmetric memory), and one kernel of each
-rank sums what all have written (`model.kernels.peer_sum`), with the residual addition and the norm that follow. All of
-that happens on the device, in memory that is allocated before, so it can be captured in a CUDA graph.
+ranks write to one another's memory (PyTorch's symmetric memory), and one kernel of each rank sums what has come
+(`model.kernels.peer_sum`), with the residual addition and the norm that follow. All of that happens on the device, in
+memory that is allocated before, so it can be captured in a CUDA graph.
 
-Small tensors are summed in one shot: every rank sums all rows. Those of few rows are pushed to the others by the layer
-that makes them, if it can, else they are read by them; and layers of one row or two sum what is pushed themselves, with
-no kernel for it (`model.kernels.cluster_linear`). Larger ones, as prefills have, are summed in two shots: a rank
-sums only the rows that it owns, and writes the results to all others. What is larger still is left to NCCL.
+Tensors are summed in one shot: every rank is sent all summands, and sums every row. Those of few rows are sent by the
+layer that makes them, if it can; layers of up to `model.kernels.tilings.MAX_SUMMED_ROWS` rows even sum what they are
+sent, with no kernel for it (`model.kernels.cluster_linear`). Among more than two ranks, where that would be more to
+send than need be, larger ones are summed in two shots: a rank sums only the rows that it owns, and writes the results
+to all others. What is larger still is left to NCCL.
 
-Logits, which are not summed but put side by side, go through the same memory and with the same flags
-(`model.peer_logits`).
+Logits, which are not summed but put side by side, go through such memory, too (`model.peer_logits`).
 
 NVLink multicast is neither used nor set up.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -28,33 +28,23 @@ import torch.distributed as dist
 
 from model.errors import ModelError
 from model.kernels.peer_logits import Parts
-from model.kernels.peer_sum import EMPTY, Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
+from model.kernels.peer_sum import EMPTY, OneShot, Push, TwoShots, Way, peer_sum, peer_sum_add_rms_norm
 from model.peer_logits import MAX_LOGITS_BYTES, PeerLogits
 
-MAX_PEER_BYTES = 1 << 20
-"""What a rank reads from all others in one shot at most. Larger tensors are summed in two.
+MAX_SUM_BYTES = 80 << 20
+"""The largest summand of a rank that is added up here: 8,192 rows of 5,120 in 16 bits. The rest is NCCL's.
 
-Measured with two ranks only, on H200s. Alone, with the norm, one shot is 2 us faster up to 4 MiB, two shots are at 5,
-and from 8 MiB on they are the same to 3 %. (Both move as many bytes between two ranks.) In steps it did not pay: with
-one shot up to 4 MiB, 256 rows of 8B (2 MiB) and of 32B (2.5 MiB, 20 ms) took as long as with up to 1. With more ranks
-a rank reads more for the same tensor in one shot, and hardly more in two; that they take smaller tensors in one is
-reckoned from that. `python -m bench.all_reduce` measures it.
+The bound is on the memory: with two ranks six times as much is allocated as the largest step's summands need, with more
+twice as much.
 """
 
-MAX_TWO_SHOT_BYTES = 80 << 20
-"""The largest summand of a rank that is added up in two shots: 8,192 rows of 5,120 in 16 bits. The rest is NCCL's.
+MAX_ONE_SHOT_BYTES = 1 << 20
+"""What a rank is sent by all others in one shot at most, where there are more than one of them.
 
-With the norm, two H200s take 0.7 to 0.8 times as long as with NCCL and a norm's kernel: of 8,192 rows of 4,096 (64 MiB)
-217 us instead of 310, of 5,120 302 instead of 379. Prompts of 8B, 16 x 4,096, go from 69.2k to 73.7k tokens a second
-with 80 MiB instead of 20, mixed requests from 16.4k to 16.6k (332383d, one machine). The bound is on the memory, of
-which twice as much is allocated.
+With two ranks both ways move as many bytes, and one shot is the faster at all sizes (docs/performance.md). With more, a
+rank is sent more in one shot, and hardly more in two: that they take two from there on is reckoned, not measured.
+`python -m bench.all_reduce` measures it.
 """
-
-MAX_PUSHED_BYTES = 640 << 10
-"""The largest summand of a rank that is pushed: 64 rows of 5,120 in 16 bits. A step of 8B on two H200s takes 2.51 ms
-instead of 2.61 with 8 rows, 2.64 instead of 2.70 with 16, 2.81 instead of 2.95 with 32, 3.17 instead of 3.31 with 64.
-More rows were not measured: layers of more than 64 do not push. The embedding pushes what fits, also beside layers that
-do not."""
 
 MAX_PROGRAMS = 8192
 """Programs that have flags: of a narrow model, there are fewer than the memory has room for."""
@@ -65,10 +55,10 @@ _P2P_ATTRIBUTES = (2, 3)  # CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED and _NATIVE
 
 
 class Place(IntEnum):
-    """Where a summand lies: with which layers' outputs.
+    """Whose inboxes a summand comes into: those of which layers' outputs.
 
     In a step these follow one another so that no two sums in a row, nor a step's last and the next one's first, share a
-    place. That is all that keeps a summand of one shot from being overwritten before every rank has read it.
+    place. That is all that keeps an inbox from being written before it is empty.
     """
 
     EMBEDDING = 0
@@ -78,56 +68,39 @@ class Place(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Elements of the largest tensor that is summed in one shot, of the largest that is summed in two, of the largest
-    that may be pushed, which is one of the first, and of a rank's part of the largest logits that are gathered."""
+    """Elements of the largest tensor that is summed in one shot, of the largest that is summed in two, and of a rank's
+    part of the largest logits that are gathered."""
 
     one_shot: int
     two_shots: int
-    pushed: int = 0
     logits: int = 0
 
-    def __post_init__(self) -> None:
-        assert self.pushed <= self.one_shot, "what is pushed is summed in one shot"
-
     @classmethod
-    def of(cls, size: int, dtype: torch.dtype, *, push: bool, logits: int = 0) -> Limits:
-        """What is best for `size` ranks, whose layers `push` or do not; of a rank's part of the logits, there are
-        never more than `logits` elements."""
-        in_one = MAX_PEER_BYTES // (size - 1)
-        pushed = min(MAX_PUSHED_BYTES, in_one) if push else 0
-        gathered = min(MAX_LOGITS_BYTES, logits * dtype.itemsize)
-        return cls(*(most // dtype.itemsize for most in (in_one, MAX_TWO_SHOT_BYTES, pushed, gathered)))
+    def of(cls, size: int, dtype: torch.dtype, *, summand: int, logits: int = 0) -> Limits:
+        """What is best for `size` ranks, where no summand has more than `summand` elements, and no rank's part of the
+        logits more than `logits`."""
+        most = min(MAX_SUM_BYTES // dtype.itemsize, summand)
+        small = MAX_ONE_SHOT_BYTES // (size - 1) // dtype.itemsize
+        one_shot, two_shots = (most, 0) if size == 2 else (min(small, most), most)
+        return cls(one_shot, two_shots, min(MAX_LOGITS_BYTES // dtype.itemsize, logits))
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where a summand [rows, width] may be written, so that it need not be copied there."""
+    """What can be done for a sum while its argument [rows, width] is made."""
 
-    memory: torch.Tensor
-    push: Push | None  # if it is small: where else it may be written to; then the sum must be told
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """Memory for summands, and how what the ranks have written there is summed."""
-
-    summand: torch.Tensor  # [numel]: this rank's
-    peers: Peers
-    pushed: Peers | None = None  # the same, of summands that have been pushed
-
-    def takes(self, shape: torch.Size, dtype: torch.dtype) -> bool:
-        fits = shape.numel() <= self.summand.numel() and self.peers.programs(shape[0]) <= MAX_PROGRAMS
-        return fits and dtype is self.summand.dtype
+    memory: torch.Tensor | None  # where it may be written, so that it need not be copied there
+    push: Push | None  # where else it may be written; then the sum must be told
 
 
 class PeerSums:
-    """This rank's part of the memory, and the sum over all parts, in one shot or in two.
+    """This rank's part of the memory, and the sum over all ranks, in one shot or in two.
 
-    `logits` gathers what other parts of the memory are for. With `layers_sum`, layers may compute sums by themselves.
+    `logits` gathers what other parts of the memory are for.
 
-    To make one is a collective operation, with the same `limits`, `dtype` and `layers_sum` on every rank of `group`,
-    none of which has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same
-    order, of the same shapes, and no two of the same place in a row; and gathers the same logits among them.
+    To make one is a collective operation, with the same `limits` and `dtype` on every rank of `group`, none of which
+    has an `obstacle`. One stream may use it, and no other. Every rank makes the same sums in the same order, of the
+    same shapes, and no two of the same place in a row; and gathers the same logits among them.
 
     In how many shots a sum is made depends on shape and dtype alone: it is the same for all sums of a step. That
     matters, since in two shots a rank has only its own rows of the residual stream, and results lie in shared memory:
@@ -139,22 +112,14 @@ class PeerSums:
         ModelError: the memory cannot be shared; it names the way to do without.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        limits: Limits,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        layers_sum: bool = False,
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, limits: Limits, *, dtype: torch.dtype, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
         # All parts are aligned to 256 bytes, as memory is that PyTorch allocates.
-        small, large, inbox = (-(-numel // 128) * 128 for numel in (limits.one_shot, limits.two_shots, limits.pushed))
+        inbox, large = (-(-numel // 128) * 128 for numel in (limits.one_shot, limits.two_shots))
         rank, size = group.rank(), group.size()
-        parts = [small] * len(Place) + [large] * 2 + [inbox * size] * len(Place) + [limits.logits]
+        parts = [inbox * size] * len(Place) + [large] * 2 + [limits.logits]
         try:
             self._memory = symmetric_memory.empty((sum(parts),), dtype=dtype, device=device)
             self._flags = symmetric_memory.empty((size, MAX_PROGRAMS), dtype=torch.int32, device=device)
@@ -166,9 +131,8 @@ class PeerSums:
                 "set LIGHTQWEN_WITHOUT=symmetric_memory to leave sums and logits to NCCL"
             ) from error
         self._flags.zero_()
-        *places, summand, output, first, second, third, logits = self._memory.split(parts)
-        inboxes = [part.view(size, inbox) for part in (first, second, third)]
-        for of_place in inboxes:
+        *places, summand, output, logits = self._memory.split(parts)
+        for of_place in places:
             of_place.view(_INTEGERS[dtype.itemsize]).fill_(EMPTY)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # all flags are zero, and inboxes empty, before any rank writes to another
@@ -192,46 +156,38 @@ class PeerSums:
             offset = int(part.storage_offset() - self._memory.storage_offset())
             return memories + offset * dtype.itemsize
 
-        def one_shot(place: torch.Tensor, of_place: torch.Tensor) -> _Way:
-            peers = Peers(rank, addresses(place), all_flags, meetings)
-            if not inbox:
-                return _Way(place, peers)
-            push = Push(rank, addresses(of_place[rank]))
-            return _Way(place, peers, replace(peers, pushed=Pushed(of_place, push)))
+        def one_shot(inboxes: torch.Tensor) -> OneShot:
+            return OneShot(inboxes, Push(rank, addresses(inboxes[rank])))
 
-        self._layers_sum = layers_sum
-        self._one_shot = [one_shot(*memory) for memory in zip(places, inboxes, strict=True)]
-        outputs = Outputs(output, addresses(output))
-        self._two_shots = _Way(summand, Peers(rank, addresses(summand), all_flags, meetings, outputs))
+        self._one_shot = [one_shot(of_place.view(size, inbox)) for of_place in places]
+        self._two_shots = TwoShots(rank, summand, addresses(summand), output, addresses(output), all_flags, meetings)
         self.logits = PeerLogits(logits, Parts(rank, addresses(logits), all_flags, meetings))
 
     def room(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
-        """Where a summand [rows, width] may be written, the same memory at every call; None if it is too large."""
+        """What can be done for the sum of this place and shape [rows, width] beforehand; None if it is too large."""
         way = self._way(shape, dtype, place)
         if way is None:
             return None
-        pushed = None if way.pushed is None else way.pushed.pushed
-        small = pushed is not None and shape.numel() <= pushed.inboxes.shape[1]
-        return Room(way.summand[: shape.numel()].view(shape), pushed.push if pushed and small else None)
+        if isinstance(way, OneShot):
+            return Room(None, way.push)
+        return Room(way.summand[: shape.numel()].view(shape), None)
 
-    def pushed(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Pushed | None:
-        """Where a layer that sums by itself pushes its summand [rows, width], and where those of the others come; None
-        if it is too large, or layers are not to. With it, the layer's launch is the next sum."""
-        room = self.room(shape, dtype, place)
-        if not self._layers_sum or room is None or room.push is None:
+    def one_shot(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> OneShot | None:
+        """What a layer needs to sum [rows, width] by itself; None if it is too large. With it, the layer's launch is
+        the next sum."""
+        way = self._way(shape, dtype, place)
+        if not isinstance(way, OneShot):
             return None
         self.logits.pass_sum()
-        peers = self._one_shot[place].pushed
-        assert peers is not None, "there is where to push to"
-        return peers.pushed
+        return way
 
     def sum(self, x: torch.Tensor, place: Place, *, pushed: bool = False) -> torch.Tensor | None:
         """Return the sum of all ranks' contiguous [rows, width]; None if `x` is too large.
 
-        `pushed` tells that every rank has written its summand both to the `room` that there is and where `push` says.
+        `pushed` tells that this rank has written its summand where the room's `push` says, too.
         """
-        peers = self._put(x, place, pushed=pushed)
-        return None if peers is None else peer_sum(x.shape, x.dtype, peers)
+        way, x = self._put(x, place)
+        return None if way is None else peer_sum(x, way, pushed=pushed)
 
     def sum_add_rms_norm(
         self,
@@ -247,26 +203,26 @@ class PeerSums:
 
         The second result is a residual for the next sum, of the same shape, and for nothing else.
         """
-        peers = self._put(x, place, pushed=pushed)
-        return None if peers is None else peer_sum_add_rms_norm(residual, weight, eps, peers)
+        way, x = self._put(x, place)
+        return None if way is None else peer_sum_add_rms_norm(x, residual, weight, eps, way, pushed=pushed)
 
-    def _way(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> _Way | None:
-        return next((way for way in (self._one_shot[place], self._two_shots) if way.takes(shape, dtype)), None)
-
-    def _put(self, x: torch.Tensor, place: Place, *, pushed: bool) -> Peers | None:
-        """See to it that `x` is where others read it, and return how it is summed."""
-        way = self._way(x.shape, x.dtype, place)
-        if way is None:
+    def _way(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Way | None:
+        if dtype is not self._memory.dtype:
             return None
-        self.logits.pass_sum()
-        if pushed:
-            room = self.room(x.shape, x.dtype, place)
-            assert room is not None and room.push is not None, "nothing says where to push this"  # noqa: PT018
-            assert x.data_ptr() == way.summand.data_ptr(), "what is pushed is in the memory for it, too"
-            return way.pushed
-        if x.data_ptr() != way.summand.data_ptr():
-            way.summand[: x.numel()].view(x.shape).copy_(x)
-        return way.peers
+        in_one, in_two, numel = self._one_shot[place], self._two_shots, shape.numel()
+        if numel <= in_one.inboxes.shape[1]:
+            return in_one
+        return in_two if numel <= in_two.summand.numel() and in_two.programs(shape[0]) <= MAX_PROGRAMS else None
+
+    def _put(self, x: torch.Tensor, place: Place) -> tuple[Way | None, torch.Tensor]:
+        """Return how `x` is summed, and where it now is."""
+        way = self._way(x.shape, x.dtype, place)
+        if way is not None:
+            self.logits.pass_sum()
+        if isinstance(way, TwoShots):
+            own = way.summand[: x.numel()].view(x.shape)
+            x = x if x.data_ptr() == own.data_ptr() else own.copy_(x)
+        return way, x
 
 
 def obstacle(size: int, *, device: torch.device) -> str:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.ahead import compile_ahead
-from model.kernels.linear import pushes, sums
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
@@ -277,7 +276,7 @@ def build_runner(
         ModelError: the checkpoint cannot be used.
         ConfigError: the memory does not hold one sequence.
     """
-    tp = _with_peer_sums(tp, config, runtime, checkpoint.vocab_size)
+    tp = _with_peer_sums(tp, config, runtime, checkpoint)
     model = load_model(
         config.model,
         checkpoint,
@@ -359,7 +358,7 @@ def _few_layers(model: Qwen3ForCausalLM) -> Iterator[None]:
 
 
 def _with_peer_sums(
-    tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig, vocab_size: int
+    tp: TensorParallel, config: EngineConfig, runtime: RuntimeConfig, checkpoint: Qwen3Config
 ) -> TensorParallel:
     """Let all-reduces and logits go through memory that the GPUs share, if all ranks can."""
     if tp.group is None or not runtime.on_gpu or not wanted("symmetric_memory"):
@@ -373,10 +372,10 @@ def _with_peer_sums(
         logger.info("rank=%d no sums and logits through shared memory: %s", tp.rank, why)
         return tp
     device, dtype = runtime.device, runtime.dtype
-    push, layers_sum = (bool(_agree(int(can(device, dtype)), tp, device)) for can in (pushes, sums))
-    logits = runtime.max_running * -(-vocab_size // tp.size)  # padded, as the head's weight is
-    limits = Limits.of(tp.size, dtype, push=push, logits=logits)
-    return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=dtype, device=device, layers_sum=layers_sum))
+    summand = runtime.max_batched_tokens * checkpoint.hidden_size
+    logits = runtime.max_running * -(-checkpoint.vocab_size // tp.size)  # padded, as the head's weight is
+    limits = Limits.of(tp.size, dtype, summand=summand, logits=logits)
+    return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=dtype, device=device))
 
 
 def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:

@@ -7,7 +7,7 @@ each sends its sums there, and each finishes a part of the features.
 
 It does what `small_linear_torch` does, and `small_linear_add_norm_torch`, without a bias or a gate. What it adds may be
 the sum over all ranks of a tensor-parallel group: a program pushes its own summands to the others, and waits until
-theirs are there, as `model.kernels.peer_sum` says of pushed ones, whose inboxes these are. Clusters of one number then
+theirs are there, as `model.kernels.peer_sum` says of one shot, whose inboxes these are. Clusters of one number then
 wait for one another on all ranks, as programs of one number do there. cluster_linear.cu tells how.
 """
 
@@ -29,7 +29,7 @@ from model.kernels.cuda_source import (
     tensor_map,
 )
 from model.kernels.norm import Scale
-from model.kernels.peer_sum import EMPTY, Pushed
+from model.kernels.peer_sum import EMPTY, OneShot
 
 FEATURES = 64
 """A cluster's, the rows of matrix units' left operand."""
@@ -93,7 +93,7 @@ def cluster_linear(
     *,
     scale: Scale | None = None,
     added: Added | None = None,
-    pushed: Pushed | None = None,
+    one_shot: OneShot | None = None,
     block_rows: int,
     cluster: int,
     slices: int,
@@ -102,7 +102,7 @@ def cluster_linear(
 ) -> None:
     """Write out = x @ weight.T, or with `added` that * gain behind its addition.
 
-    With `scale` x is one that is still to be scaled. With `pushed`, what is added is the sum of all ranks' products,
+    With `scale` x is one that is still to be scaled. With `one_shot`, what is added is the sum of all ranks' products,
     each rounded, in the order of the ranks and rounded; this rank's inboxes are empty before and after.
     x: [rows, k], of at least 1 and up to `block_rows` rows. weight: [n, k], n a multiple of 64, k of
     64 * slices * cluster. out, residual and total: [rows, n]. gain: [n]. All of bfloat16 and contiguous.
@@ -110,13 +110,13 @@ def cluster_linear(
 
     Raises ModelError where the kernel cannot be compiled, loaded or launched.
     """
-    assert pushed is None or added is not None, "what is summed is added"
+    assert one_shot is None or added is not None, "what is summed is added"
     rows, (n, k) = x.shape[0], weight.shape
     assert 0 < rows <= block_rows, f"{rows} rows, and room for {block_rows}"
     assert n % FEATURES == 0, f"{n} features are no whole number of {FEATURES}"
     assert k % (SLICE * slices * cluster) == 0, f"{k} columns are no whole number of tiles for each of {cluster}"
     assert 2 <= stages <= most_stages(block_rows, slices), f"{stages} stages"
-    ranks = 0 if pushed is None else len(pushed.inboxes)
+    ranks = 0 if one_shot is None else len(one_shot.inboxes)
     source = source_of(block_rows, cluster, slices, scaled=scale is not None, adds=added is not None, ranks=ranks)
     of_row = k // SLICE  # slices
     with dispensable("clusters"):
@@ -134,8 +134,8 @@ def cluster_linear(
             # A pointer that nothing is read through stands for what is not given.
             pointer(out if scale is None else scale.squares),
             *map(pointer, (*(added or (out,) * 4), out)),
-            *map(pointer, (out, out) if pushed is None else (pushed.push.inboxes, pushed.inboxes)),
-            *map(number, (0, 0) if pushed is None else (pushed.inboxes.shape[1], pushed.push.rank)),
+            *map(pointer, (out, out) if one_shot is None else (one_shot.push.inboxes, one_shot.inboxes)),
+            *map(number, (0, 0) if one_shot is None else (one_shot.inboxes.shape[1], one_shot.push.rank)),
             number(0.0 if scale is None else scale.eps),
             *map(number, (0 if scale is None else scale.squares.shape[1], rows, n, k, stages)),
             cluster=cluster,

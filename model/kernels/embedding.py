@@ -1,7 +1,8 @@
 """The embedding: with the norm behind it where a rank has the whole table, and a rank's summand where it has a part.
 
-A summand has rows of the rank's part, and zeros for other ids, and is summed over all ranks. Of few tokens it is pushed
-(`model.kernels.peer_sum`): written to the other ranks' memory too, which tells them by itself that it has come.
+A summand has rows of the rank's part, and zeros for other ids, and is summed over all ranks. If that is in one shot, it
+is pushed (`model.kernels.peer_sum`): written to the other ranks' memory too, which tells them by itself that it has
+come.
 
 The launches are no dependent ones: what they read was made by this step, and what they write may be written once all
 before it has ended, so that there is nothing to do earlier. Behind them the step's lists can be read
@@ -19,11 +20,10 @@ import torch.nn.functional as F
 
 from model.kernels.dependent import begin_dependents, dependent_launch
 from model.kernels.norm import norm_row, rms_norm
-from model.kernels.peer_sum import EMPTY, Push
-from model.kernels.runtime import constexpr, jit, jit_once, tl, triton, use_triton
+from model.kernels.peer_sum import Push, address_in, without_empty
+from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _BLOCK = 1024
-_EMPTY = constexpr(EMPTY)
 
 
 def can_push(weight: torch.Tensor) -> bool:
@@ -145,17 +145,11 @@ def _embed_kernel(
     below = tl.where(local < count, WIDTH, 0)
     there = columns < tl.where(local >= 0, below, 0)
     row = tl.load(weight_ptr + local * WIDTH + columns, mask=there, other=0.0)
-    # A checkpoint might have the one NaN that must not be pushed: who waits for an element would not see it come.
-    INTEGER: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
-    OTHER_NAN: tl.constexpr = 0x7FFF if dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
-    bits = row.to(INTEGER, bitcast=True)
-    row = tl.where(bits == _EMPTY, tl.full(bits.shape, OTHER_NAN, INTEGER), bits).to(dtype, bitcast=True)
+    row = without_empty(row)  # a checkpoint might have that NaN
     places = token * WIDTH + columns
     for rank in tl.static_range(RANKS):
         if rank != RANK:  # these first, since they have the longer way
-            # Of an address that is loaded the compiler must be told that it is aligned.
-            inbox = tl.multiple_of(tl.load(inboxes_ptr + rank).to(tl.pointer_type(dtype)), 16)
-            tl.store(inbox + places, row, mask=mask)
+            tl.store(address_in(inboxes_ptr, rank, dtype) + places, row, mask=mask)
     tl.store(out_ptr + places, row, mask=mask)
 
 

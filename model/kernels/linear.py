@@ -17,7 +17,7 @@ from model.kernels.cuda_source import compiles
 from model.kernels.dependent import dependent_launch
 from model.kernels.gated_linear import cut_for, gated_linear, load_kernels
 from model.kernels.norm import Normed, add_rms_norm, rms_norm
-from model.kernels.peer_sum import Push, Pushed
+from model.kernels.peer_sum import OneShot, Push
 from model.kernels.runtime import fetches_tiles, multiprocessors, use_triton, wanted
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
 from model.kernels.tilings import summing_tiling_for, tiling_for
@@ -45,36 +45,26 @@ def linear(
     return _separate(x, weight, bias, out=out)
 
 
-def pushes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether there are layers on this device that can push, which all ranks must agree on."""
-    return wanted("small_linear") and dtype is torch.bfloat16 and fetches_tiles(device)
-
-
-def sums(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether there are layers on this device that sum, which all ranks must agree on."""
-    return pushes(device, dtype) and _has_clusters(device)
-
-
 def can_push(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Tell whether `linear` can push its result to other ranks: where `pushes`, this depends on shapes alone."""
+    """Tell whether `linear` can push its result to other ranks."""
     return _pushing(x, weight) is not None
 
 
 def can_sum(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Tell whether `linear_sum_add_norm` can be called: where `sums`, this depends on shapes alone."""
+    """Tell whether `linear_sum_add_norm` can be called."""
     return _summing(x, weight) is not None
 
 
 def linear_sum_add_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float, pushed: Pushed
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float, one_shot: OneShot
 ) -> tuple[Normed, torch.Tensor]:
     """Return (rms_norm(total, gain, eps), total), total being residual + the sum over all ranks of x @ weight.T, the
-    same bits on every rank; `can_sum` must be true on all. Shapes: as for `linear_add_norm`.
+    same bits on every rank, however others sum; `can_sum` must be true. Shapes: as for `linear_add_norm`.
     """
     tiling = _summing(x, weight)
     assert tiling is not None, "clusters alone sum"
     pdl = bool(dependent_launch(x))
-    return small_linear_add_norm_triton(x, weight, None, residual, gain, eps, pushed=pushed, tiling=tiling, pdl=pdl)
+    return small_linear_add_norm_triton(x, weight, None, residual, gain, eps, one_shot=one_shot, tiling=tiling, pdl=pdl)
 
 
 def norm_linear(

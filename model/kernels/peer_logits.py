@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
-from model.kernels.peer_sum import raise_flags, wait_for_flags
+from model.kernels.peer_sum import address_in, raise_flags, wait_for_flags
 from model.kernels.runtime import jit_once, tl, triton
 
 _PIECE_BYTES = 16 << 10
@@ -46,7 +46,7 @@ class Parts:
 
     rank: int
     addresses: torch.Tensor  # [size] int64: where each rank's [rows, width] begins, at a multiple of 16 bytes
-    flags: torch.Tensor  # [size] int64: those of `peer_sum.Peers`
+    flags: torch.Tensor  # [size] int64: those of `peer_sum.TwoShots`
     meetings: torch.Tensor  # [max_programs] int32: likewise
 
 
@@ -113,8 +113,8 @@ def _peer_logits_kernel(
     others += RANK * MAX_PROGRAMS + program
     parts = ()
     for rank in tl.static_range(SIZE):
-        # Of an address that is loaded the compiler must be told. Rows of any other alignment it finds out by itself.
-        parts = parts + (tl.multiple_of(tl.load(addresses_ptr + rank).to(tl.pointer_type(dtype)), 16),)
+        # (Rows of any other alignment the compiler finds out by itself.)
+        parts = parts + (address_in(addresses_ptr, rank, dtype),)
     wait(PDL)
     begin_dependents(PDL)
     meeting = tl.atomic_add(meetings_ptr + program, 1, sem="relaxed") + 1

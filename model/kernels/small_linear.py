@@ -42,7 +42,7 @@ from model.kernels.activation import silu_and_mul_torch
 from model.kernels.cuda_source import SLICE
 from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
-from model.kernels.peer_sum import Push, Pushed
+from model.kernels.peer_sum import OneShot, Push
 from model.kernels.ring_linear import pieces, ring_kernel
 from model.kernels.runtime import jit, jit_once, tl, triton
 from model.kernels.tiles import tiles_of
@@ -171,20 +171,20 @@ def small_linear_add_norm_triton(
     gain: torch.Tensor,
     eps: float,
     *,
-    pushed: Pushed | None = None,
+    one_shot: OneShot | None = None,
     tiling: Tiling,
     pdl: bool = False,
 ) -> tuple[Normed, torch.Tensor]:
     """As `small_linear_add_norm_torch`, on the terms of `small_linear_triton`; what is normed is still to be scaled.
 
-    With `pushed`, which only cluster can do, it is the sum of all ranks' products that is added to the residual. Each
+    With `one_shot`, which only cluster can do, it is the sum of all ranks' products that is added to the residual. Each
     launches the same, and the results are the same bits on every rank.
     """
     scaled, total = torch.empty_like(residual), torch.empty_like(residual)
     squares = torch.empty((x.shape[0], tiling.parts(weight.shape[0])), dtype=torch.float32, device=x.device)
-    assert pushed is None or tiling.form == "cluster", f"{tiling.form} adds up nothing of other ranks"
+    assert one_shot is None or tiling.form == "cluster", f"{tiling.form} adds up nothing of other ranks"
     added = (residual, gain, total, squares)
-    _launch(x, weight, bias, scaled, added=added, pushed=pushed, tiling=tiling, pdl=pdl)
+    _launch(x, weight, bias, scaled, added=added, one_shot=one_shot, tiling=tiling, pdl=pdl)
     return Normed(scaled, Scale(squares, total, gain, eps)), total
 
 
@@ -198,7 +198,7 @@ def _launch(
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     gated: bool = False,
     push: Push | None = None,
-    pushed: Pushed | None = None,
+    one_shot: OneShot | None = None,
     tiling: Tiling,
     pdl: bool,
 ) -> None:
@@ -217,7 +217,7 @@ def _launch(
                 out,
                 scale=scale,
                 added=None if added is None else cluster_linear.Added(*added),
-                pushed=pushed,
+                one_shot=one_shot,
                 block_rows=tiling.block_rows,
                 cluster=tiling.splits,
                 slices=tiling.block_k // SLICE,

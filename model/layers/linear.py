@@ -151,9 +151,9 @@ class RowParallelLinear(ShardedModule):
         if self._tp.size == 1:
             return linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
         if self.bias is None and can_sum(x, self.weight):
-            pushed = self._tp.pushed_sum(residual.shape, x.dtype, self._place)
-            if pushed is not None:
-                return linear_sum_add_norm(x, self.weight, residual, norm.weight, norm.eps, pushed)
+            one_shot = self._tp.one_shot(residual.shape, x.dtype, self._place)
+            if one_shot is not None:
+                return linear_sum_add_norm(x, self.weight, residual, norm.weight, norm.eps, one_shot)
         bias = self.bias if self._tp.rank == 0 else None
         room = self._tp.room_for_summand(residual.shape, x.dtype, self._place)
         memory = None if room is None else room.memory

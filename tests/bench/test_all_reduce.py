@@ -13,7 +13,7 @@ import torch
 
 from bench.all_reduce import DTYPE, EPS, KINDS, WITH_NORM, Memory, Result, Sums, build_parser, crossover
 from model.kernels.norm import rms_norm_torch
-from model.peer_sums import MAX_PEER_BYTES, MAX_PUSHED_BYTES
+from model.peer_sums import MAX_ONE_SHOT_BYTES
 from tests.model.helpers import interpreted
 from tests.model.kernels.comparing import relative_error
 from tests.model.shared_files import shared_files
@@ -70,10 +70,6 @@ def test_the_crossover_tells_who_wins_from_where_on() -> None:
 
     said = crossover(results((9, 5, 7), (10, 6, 7), (12, 9, 8), (13, 19, 18)), 4)
     assert said.startswith("width 1024: fastest with norm are one_shot from 1 on, two_shot from 4 on, nccl from 8 on; ")
-    one_shot = MAX_PEER_BYTES // 3 // 2048
-    pushed = min(MAX_PUSHED_BYTES // 2048, one_shot)
-    assert said.endswith(
-        f"used are one_shot up to {one_shot} rows, two_shot up to 32768, nccl beyond; "
-        f"up to {pushed} rows are pushed by the layers that can, which is not measured here"
-    )
+    one_shot = MAX_ONE_SHOT_BYTES // 3 // 2048
+    assert f"; used are one_shot up to {one_shot} rows, two_shot up to 32768, nccl beyond; " in said
     assert crossover(results((9, 10, 11)), 2).startswith("width 1024: fastest with norm are nccl from 1 on; ")

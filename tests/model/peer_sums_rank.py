@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import time
@@ -16,8 +15,8 @@ from model.kernels.linear import can_push, can_sum, linear, linear_sum_add_norm,
 from model.kernels.norm import Normed, add_rms_norm_triton
 from model.kernels.tilings import MAX_SUMMED_ROWS
 from model.parallel import TensorParallel
-from model.peer_sums import Limits, PeerSums, Place, obstacle
-from tests.model.shared_files import shared_files
+from model.peer_sums import MAX_SUM_BYTES, Limits, PeerSums, Place, obstacle
+from tests.model.shared_files import shared_files, store, stored_once
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -27,15 +26,13 @@ SHAPES = (
     *((5, 1024), (301, 4096), (2048, 5120)),
 )
 """Of one row and many; elements of the largest: what the memory has room for."""
-LIMITS = Limits(17 * 5120, 2048 * 5120, 5 * 1024)
-"""Four of these are summed in two shots, of an even and an odd number of rows; six may be pushed."""
+LIMITS = Limits(17 * 5120, 2048 * 5120)
+"""Four of these are summed in two shots, of an even and an odd number of rows."""
 FEW_ROWS = tuple(shape for shape in SHAPES if shape[0] <= 5)
-FEW_ROWS_LIMITS = Limits(3 * 1024, 5 * 1024, 3 * 1024)
-"""Three of these are summed in two shots: of one row, as many as there are ranks, and more. Three may be pushed."""
-MORE_PUSHED_LIMITS = Limits(64 * 1024, 64 * 1024, 64 * 1024)
-"""As many rows as a model's layers push."""
+FEW_ROWS_LIMITS = Limits(3 * 1024, 5 * 1024)
+"""Three of these are summed in two shots: of one row, as many as there are ranks, and more."""
 LARGEST = (8192, 5120)
-"""The largest that a model has summed in two shots."""
+"""The largest that a model has summed here."""
 DTYPES = (torch.bfloat16, torch.float32)
 EPS = 1e-6
 places = itertools.cycle(Place)
@@ -57,8 +54,8 @@ def total(call: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor
 def add_up(
     peer_sums: PeerSums, x: torch.Tensor, *, in_place: bool, push: bool = False, place: Place | None = None
 ) -> torch.Tensor:
-    """The sum of `x`, which is copied to the shared memory, or written there by another kernel as a layer does, and
-    pushed if that is wanted and possible.
+    """The sum of `x`, or of what another kernel has written as a layer does, where it is to be, and pushed if that is
+    wanted and possible.
 
     What it is read from holds NaN afterwards, as it may until the next sum writes there.
     """
@@ -92,10 +89,10 @@ def put_and_push(peer_sums: PeerSums, x: torch.Tensor, place: Place) -> tuple[to
         return put(peer_sums, x, place), False
     if not on_gpu():
         written = put(peer_sums, x, place)
+        elements = x.flatten().view(torch.uint16 if x.itemsize == 2 else torch.uint32).numpy()
         for rank, address in enumerate(room.push.inboxes.tolist()):
             if rank != room.push.rank:
-                memory = (ctypes.c_byte * x.nbytes).from_address(address)
-                torch.frombuffer(memory, dtype=x.dtype).copy_(x.flatten())
+                store(range(address, address + x.nbytes, x.itemsize), elements)
         return written, True
     width = x.shape[1]
     if width not in identities:
@@ -126,9 +123,10 @@ def check_norm(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shape
 
 def own_rows(peer_sums: PeerSums, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> slice:
     """Which rows of the residual stream this rank has behind a sum of this shape."""
-    rooms = [peer_sums.room(torch.Size(shape), dtype, place) for place in (Place.ATTENTION, Place.MLP)]
-    in_two_shots = len({room.memory.data_ptr() for room in rooms if room is not None}) == 1
-    return slice(rank, None, dist.get_world_size()) if in_two_shots else slice(None)
+    room = peer_sums.room(torch.Size(shape), dtype, Place.MLP)
+    assert room is not None
+    in_one_shot = room.push is not None
+    return slice(None) if in_one_shot else slice(rank, None, dist.get_world_size())
 
 
 def check_step(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shapes = SHAPES) -> None:
@@ -260,7 +258,8 @@ def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not
     """Products write where others read, as dependent launches, behind sums and before them: no step is too early.
 
     The same launches one at a time, with the device idle between them, tell what has to come out. So many rows are
-    pushed to the other rank by every layer, and then by two of three layers, or by none.
+    pushed to the other rank by every layer, and then by two of three; of the third, and of other rows, in one shot, the
+    sum's kernel pushes.
     """
     width, steps = 1024, 24
     torch.manual_seed(11 + rank)
@@ -330,9 +329,9 @@ def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
                 be_late()
             if (step + 1) % by_themselves:
                 assert can_sum(hidden, back)
-                pushed = peer_sums.pushed(residual.shape, residual.dtype, place)
-                assert pushed is not None
-                normed, residual = linear_sum_add_norm(hidden, back, residual, gain, EPS, pushed)
+                one_shot = peer_sums.one_shot(residual.shape, residual.dtype, place)
+                assert one_shot is not None
+                normed, residual = linear_sum_add_norm(hidden, back, residual, gain, EPS, one_shot)
             else:
                 room = peer_sums.room(residual.shape, residual.dtype, place)
                 assert room is not None and room.push is not None  # noqa: PT018
@@ -364,17 +363,20 @@ def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
 
 
 def check_largest(group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
-    """With one program for every two rows, and the last ranks' late."""
+    """In one shot, with a program for every row, and in two, with one for every two; and a rank is late."""
     dtype = torch.bfloat16
-    peer_sums = PeerSums(group, Limits.of(SIZE, dtype, push=True), dtype=dtype, device=device)
-    for call, rows in enumerate((LARGEST[0], LARGEST[0] - 1, 4096)):
-        shape = (rows, LARGEST[1])
-        for repeat in range(3):
-            x = summand(7 * call + repeat, rank, shape, dtype)
-            if repeat == rank:
-                be_late()
-            assert torch.equal(add_up(peer_sums, x, in_place=repeat > 0), total(7 * call + repeat, shape, dtype))
-    assert peer_sums.sum(torch.zeros((LARGEST[0] + 1, LARGEST[1]), dtype=dtype, device=device), Place.MLP) is None
+    largest = Limits.of(SIZE, dtype, summand=MAX_SUM_BYTES)
+    assert largest == Limits(LARGEST[0] * LARGEST[1], 0)
+    for limits in (largest, Limits(0, largest.one_shot)):
+        peer_sums = PeerSums(group, limits, dtype=dtype, device=device)
+        for call, rows in enumerate((LARGEST[0], LARGEST[0] - 1, 4096)):
+            shape = (rows, LARGEST[1])
+            for repeat in range(3):
+                x = summand(7 * call + repeat, rank, shape, dtype)
+                if repeat == rank:
+                    be_late()
+                assert torch.equal(add_up(peer_sums, x, in_place=repeat > 0), total(7 * call + repeat, shape, dtype))
+        assert peer_sums.sum(torch.zeros((LARGEST[0] + 1, LARGEST[1]), dtype=dtype, device=device), Place.MLP) is None
 
 
 def join(rank: int, rendezvous: str) -> tuple[dist.ProcessGroup, torch.device]:
@@ -396,12 +398,13 @@ def main_on_cpu(rank: int, size: int, rendezvous: str, shared: str) -> None:
     group, cpu = dist.group.WORLD, torch.device("cpu")
     assert group is not None
     for dtype in DTYPES:
-        with shared_files(Path(shared) / str(dtype), rank):
-            peer_sums = PeerSums(group, FEW_ROWS_LIMITS, dtype=dtype, device=cpu)
-            check_kinds(group, rank, dtype, cpu, FEW_ROWS)
-        check_norm(peer_sums, rank, dtype, FEW_ROWS)
-        check_step(peer_sums, rank, dtype, FEW_ROWS)
-        check_back_to_back(peer_sums, rank, dtype, rounds=1, shapes=FEW_ROWS)
+        with stored_once():
+            with shared_files(Path(shared) / str(dtype), rank):
+                peer_sums = PeerSums(group, FEW_ROWS_LIMITS, dtype=dtype, device=cpu)
+                check_kinds(group, rank, dtype, cpu, FEW_ROWS)
+            check_norm(peer_sums, rank, dtype, FEW_ROWS)
+            check_step(peer_sums, rank, dtype, FEW_ROWS)
+            check_back_to_back(peer_sums, rank, dtype, rounds=1, shapes=FEW_ROWS)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -440,12 +443,9 @@ def main(rank: int, rendezvous: str) -> None:
             check_back_to_back(peer_sums, rank, dtype, rounds=20)
             check_in_a_graph(peer_sums, rank, dtype)
             if dtype is torch.bfloat16:
-                check_layers(peer_sums, rank, pushed=(1, 4, 5), not_pushed=(64, 511))  # the last in two shots
-                more = PeerSums(group, MORE_PUSHED_LIMITS, dtype=dtype, device=device, layers_sum=True)
-                check_layers(more, rank, pushed=(33, 64))
-                assert peer_sums.pushed(torch.Size((1, 1024)), dtype, Place.MLP) is None, "layers are not to sum"
+                check_layers(peer_sums, rank, pushed=(1, 4, 5, 33, 64), not_pushed=(80, 511))  # the last in two shots
                 for rows in sorted({1, 2, 5, MAX_SUMMED_ROWS}):
-                    check_layers_that_sum(more, rank, rows)
+                    check_layers_that_sum(peer_sums, rank, rows)
                 check_largest(group, rank, device)
     dist.barrier()
     torch.cuda.synchronize()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+from triton.runtime.interpreter import InterpreterBuilder
+
+_INTEGERS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +60,44 @@ def shared_files(folder: Path, rank: int) -> Iterator[None]:
 def mapped(path: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """A file of zeros, unless something has been written to it, as a tensor."""
     return torch.from_file(path, shared=True, size=prod(shape), dtype=dtype).view(shape)
+
+
+@contextmanager
+def stored_once() -> Iterator[None]:
+    """Let Triton's interpreter store every element once, and load at once what others store, as GPUs do.
+
+    It calls memcpy for each, which may move what is so short twice. Between the two, another process may have stored
+    the element, or have taken it and said so in its place.
+    """
+    with (
+        patch.object(InterpreterBuilder, "create_masked_store", _store),
+        patch.object(InterpreterBuilder, "create_masked_load", _load),
+    ):
+        yield
+
+
+def store(addresses: Iterable[int], elements: np.ndarray) -> None:
+    """Store elements where other processes read them, each at once."""
+    kind = _INTEGERS[elements.itemsize]
+    integers = elements.view(f"u{elements.itemsize}").tolist()
+    for address, integer in zip(addresses, integers, strict=True):
+        kind.from_address(address).value = integer
+
+
+_load_otherwise = InterpreterBuilder.create_masked_load
+
+
+def _load(
+    builder: InterpreterBuilder, ptrs: Any, mask: Any, other: Any, cache_policy: object, is_volatile: bool
+) -> Any:
+    loaded = _load_otherwise(builder, ptrs, mask, other, cache_policy, is_volatile)
+    if is_volatile:
+        elements = loaded.data.view(f"u{loaded.data.itemsize}")
+        kind, wanted = _INTEGERS[loaded.data.itemsize], np.broadcast_to(mask.data, ptrs.data.shape)
+        elements[wanted] = [kind.from_address(address).value for address in ptrs.data[wanted].tolist()]
+    return loaded
+
+
+def _store(builder: InterpreterBuilder, ptrs: Any, value: Any, mask: Any, cache_policy: object) -> None:
+    wanted = np.broadcast_to(mask.data, ptrs.data.shape)
+    store(ptrs.data[wanted].tolist(), np.broadcast_to(value.data, ptrs.data.shape)[wanted])

@@ -65,37 +65,35 @@ def test_where_there_is_room(tmp_path: Path) -> None:
             made, narrow = (
                 peer_sums.PeerSums(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
                 for limits, dtype in (
-                    (peer_sums.Limits(256, 384, 128), torch.float32),
-                    (peer_sums.Limits(2 * rows, 2 * rows + 2), torch.bfloat16),
+                    (peer_sums.Limits(256, 384), torch.float32),
+                    (peer_sums.Limits(0, 2 * rows + 2), torch.bfloat16),
                 )
             )
     finally:
         torch.distributed.destroy_process_group()
 
-    def room(
-        all_reduce: peer_sums.PeerSums, shape: tuple[int, int], dtype: torch.dtype, place: peer_sums.Place
-    ) -> int | None:
-        room = all_reduce.room(torch.Size(shape), dtype, place)
-        assert room is None or room.memory.shape == shape
-        return None if room is None else room.memory.data_ptr()
+    def rooms(sums: peer_sums.PeerSums, shape: tuple[int, int], dtype: torch.dtype) -> list[peer_sums.Room | None]:
+        return [sums.room(torch.Size(shape), dtype, place) for place in peer_sums.Place]
 
-    small, large = (
-        [room(made, shape, torch.float32, place) for place in peer_sums.Place] for shape in ((2, 128), (3, 128))
-    )
-    assert all(address is not None and address % 256 == 0 for address in small + large)
-    assert len(set(small)) == len(peer_sums.Place), "each place of one shot has memory of its own"
-    assert len(set(large)) == 1, "two shots need no more than one"
-    assert not set(small) & set(large)
-    pushes = [made.room(torch.Size((1, 128)), torch.float32, place).push for place in peer_sums.Place]
-    inboxes = [int(push.inboxes[0]) for push in pushes]
-    assert all(address % 256 == 0 for address in inboxes)
-    assert len({*inboxes, *small, *large}) == len(inboxes) + len(small) + 1, "each place has inboxes of its own"
-    assert made.room(torch.Size((1, 129)), torch.float32, peer_sums.Place.MLP).push is None
-    assert narrow.room(torch.Size((1, 2)), torch.bfloat16, peer_sums.Place.MLP).push is None
-    assert room(made, (1, 385), torch.float32, peer_sums.Place.MLP) is None
-    assert room(made, (1, 128), torch.bfloat16, peer_sums.Place.MLP) is None
-    assert room(narrow, (rows, 2), torch.bfloat16, peer_sums.Place.MLP) is not None
-    assert room(narrow, (rows + 1, 2), torch.bfloat16, peer_sums.Place.MLP) is None, "programs without flags"
+    inboxes = set()
+    for room in rooms(made, (2, 128), torch.float32):
+        assert room is not None and room.memory is None and room.push is not None  # noqa: PT018
+        inboxes.add(int(room.push.inboxes[0]))
+    assert len(inboxes) == len(peer_sums.Place), "each place has inboxes of its own"
+    memories = set()
+    for room in rooms(made, (3, 128), torch.float32):
+        assert room is not None and room.memory is not None and room.push is None  # noqa: PT018
+        assert room.memory.shape == (3, 128)
+        memories.add(room.memory.data_ptr())
+    assert len(memories) == 1, "two shots need no more than one"
+    assert all(address % 256 == 0 for address in inboxes | memories)
+    assert not inboxes & memories
+    assert made.one_shot(torch.Size((2, 128)), torch.float32, peer_sums.Place.MLP) is not None
+    assert made.one_shot(torch.Size((3, 128)), torch.float32, peer_sums.Place.MLP) is None
+    assert rooms(made, (1, 385), torch.float32) == [None] * 3
+    assert rooms(made, (1, 128), torch.bfloat16) == [None] * 3
+    assert None not in rooms(narrow, (rows, 2), torch.bfloat16)
+    assert rooms(narrow, (rows + 1, 2), torch.bfloat16) == [None] * 3, "programs without flags"
 
 
 def test_what_stands_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,19 +131,20 @@ def test_a_failure_names_the_way_to_do_without(monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
-def test_more_ranks_take_smaller_tensors_in_one_shot() -> None:
-    for size in (2, 4, 8):
-        limits = peer_sums.Limits.of(size, torch.bfloat16, push=True)
-        assert limits.pushed == min(peer_sums.MAX_PUSHED_BYTES // 2, limits.one_shot)
-        assert peer_sums.Limits.of(size, torch.bfloat16, push=False).pushed == 0
-        read = limits.one_shot * 2 * (size - 1)
-        assert peer_sums.MAX_PEER_BYTES - 2 * size < read <= peer_sums.MAX_PEER_BYTES
-        assert limits.two_shots * 2 == peer_sums.MAX_TWO_SHOT_BYTES
-        assert limits.logits == 0
+def test_more_than_two_ranks_take_small_tensors_only_in_one_shot() -> None:
+    most = peer_sums.MAX_SUM_BYTES // 2
+    for summand in (1000, most, most + 1):
+        largest = min(summand, most)
+        assert peer_sums.Limits.of(2, torch.bfloat16, summand=summand) == peer_sums.Limits(largest, 0)
+        for size in (3, 4, 8):
+            limits = peer_sums.Limits.of(size, torch.bfloat16, summand=summand)
+            sent, small = limits.one_shot * 2 * (size - 1), peer_sums.MAX_ONE_SHOT_BYTES
+            assert limits.one_shot == summand if summand == 1000 else small - 2 * size < sent <= small
+            assert (limits.two_shots, limits.logits) == (largest, 0)
 
 
 def test_no_more_memory_for_logits_than_they_need_or_may_have() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         most = peer_sums.MAX_LOGITS_BYTES // dtype.itemsize
         for needed in (12345, most, most + 1):
-            assert peer_sums.Limits.of(2, dtype, push=False, logits=needed).logits == min(needed, most)
+            assert peer_sums.Limits.of(2, dtype, summand=8, logits=needed).logits == min(needed, most)

@@ -73,7 +73,7 @@ def share_memory(tp: TensorParallel) -> dict[str, object]:
         patch.object(runner_module, "obstacle", return_value=reason),
         patch.object(runner_module.logger, "info") as log,
     ):
-        changed = runner_module._with_peer_sums(tp, Mock(nodes=1), runtime, VOCAB)
+        changed = runner_module._with_peer_sums(tp, Mock(nodes=1), runtime, Mock())
     return {
         "peer_sums": changed.peer_sums is not None,
         "log": [call.args[0] % call.args[1:] for call in log.mock_calls],

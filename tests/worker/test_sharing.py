@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.parallel import TensorParallel
+from model.peer_sums import Limits
 from tests.worker import sharing_rank
 from tests.worker.sharing_rank import AS_ON_GPUS, MIN_SHARED_ROWS, OBSTRUCTED, ON_CPU, WAYS, WITHOUT
 from worker import runner
@@ -62,8 +63,21 @@ def test_no_memory_is_shared(nodes: int, on_gpu: bool, without: str, monkeypatch
     tp = TensorParallel(0, 2, Mock())
     agree = Mock()
     monkeypatch.setattr(runner, "_agree", agree)
-    assert runner._with_peer_sums(tp, Mock(nodes=nodes), Mock(on_gpu=on_gpu), 101) is tp
+    assert runner._with_peer_sums(tp, Mock(nodes=nodes), Mock(on_gpu=on_gpu), Mock()) is tp
     agree.assert_not_called()
+
+
+def test_as_much_memory_is_shared_as_steps_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock()
+    monkeypatch.setattr(runner, "PeerSums", made)
+    monkeypatch.setattr(runner, "obstacle", lambda size, device: "")
+    monkeypatch.setattr(runner, "_agree", lambda number, tp, device: number)
+    tp = TensorParallel(0, 2, Mock())
+    runtime = Mock(on_gpu=True, dtype=torch.bfloat16, max_batched_tokens=300, max_running=10)
+    changed = runner._with_peer_sums(tp, Mock(nodes=1), runtime, Mock(hidden_size=64, vocab_size=101))
+    assert changed.peer_sums is made.return_value
+    _, limits = made.call_args.args
+    assert limits == Limits(one_shot=300 * 64, two_shots=0, logits=10 * 51)
 
 
 @pytest.mark.parametrize(

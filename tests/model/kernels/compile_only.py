@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +37,7 @@ from model.kernels.embedding import embed_triton
 from model.kernels.linear import can_push, linear, norm_linear
 from model.kernels.norm import Normed, Scale
 from model.kernels.peer_logits import Parts, peer_logits
-from model.kernels.peer_sum import Outputs, Peers, Push, Pushed, peer_sum, peer_sum_add_rms_norm
+from model.kernels.peer_sum import OneShot, Push, TwoShots, peer_sum, peer_sum_add_rms_norm
 from model.kernels.runtime import unwanted
 from model.kernels.small_linear import small_linear_triton
 from model.kernels.tilings import MEASURED, PUSHED
@@ -177,19 +176,16 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
 
 
 def run_sums(width: int, dtype: torch.dtype) -> None:
-    """What ranks do together, in one shot and in two, and what is pushed."""
+    """What ranks do together, in one shot, with what is pushed already or not, and in two."""
     nowhere = torch.zeros(2, dtype=torch.int64)
-    shape = torch.Size((SLOTS, width))
-    residual, weight = torch.zeros(shape, dtype=dtype), torch.ones(width, dtype=dtype)
-    for outputs in (None, Outputs(own=torch.zeros(shape.numel(), dtype=dtype), addresses=nowhere)):
-        meetings = torch.zeros(SLOTS, dtype=torch.int32)
-        peers = Peers(rank=1, summands=nowhere, flags=nowhere, meetings=meetings, outputs=outputs)
-        peer_sum(shape, dtype, peers)
-        peer_sum_add_rms_norm(residual, weight, 1e-6, peers)
-    push = Push(1, nowhere)
-    of_pushed = replace(peers, outputs=None, pushed=Pushed(residual.view(2, -1), push))
-    peer_sum(shape, dtype, of_pushed)
-    peer_sum_add_rms_norm(residual, weight, 1e-6, of_pushed)
+    x, residual = torch.zeros((2, SLOTS, width), dtype=dtype)
+    weight, push = torch.ones(width, dtype=dtype), Push(1, nowhere)
+    meetings = torch.zeros(SLOTS, dtype=torch.int32)
+    one_shot = OneShot(torch.zeros((2, x.numel()), dtype=dtype), push)
+    two_shots = TwoShots(1, x.view(-1), nowhere, torch.zeros_like(x).view(-1), nowhere, nowhere, meetings)
+    for way, pushed in ((one_shot, False), (one_shot, True), (two_shots, False)):
+        peer_sum(x, way, pushed=pushed)
+        peer_sum_add_rms_norm(x, residual, weight, 1e-6, way, pushed=pushed)
     square = torch.zeros((width, width), dtype=dtype)
     for rows in (1, 8, 16, 32):
         x = torch.zeros((rows, width), dtype=dtype)

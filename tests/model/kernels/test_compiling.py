@@ -27,7 +27,8 @@ ALWAYS = {
     "_fetch_kernel",
     "_plan_kernel",
     "_peer_logits_kernel",
-    "_peer_sum_kernel",
+    "_one_shot_kernel",
+    "_two_shots_kernel",
     "_prepare_kernel",
     "_qk_norm_rope_store_kernel",
     "_retire_kernel",
@@ -54,7 +55,8 @@ DEPENDENT = {
     "_decode_kernel",
     "decode_kernel",
     "_peer_logits_kernel",
-    "_peer_sum_kernel",
+    "_one_shot_kernel",
+    "_two_shots_kernel",
 }
 
 

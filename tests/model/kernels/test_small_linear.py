@@ -15,7 +15,7 @@ from model.kernels import cluster_linear
 from model.kernels.cluster_linear import source_of
 from model.kernels.cuda_source import SLICE, kernel_of
 from model.kernels.norm import Normed, Scale
-from model.kernels.peer_sum import EMPTY, Push, Pushed
+from model.kernels.peer_sum import EMPTY, OneShot, Push
 from model.kernels.runtime import is_hopper
 from model.kernels.small_linear import (
     Tiling,
@@ -389,10 +389,10 @@ def sum_beside_one_another(
     torch.cuda.synchronize()
     for rank, (stream, (total, squares, scaled)) in enumerate(zip(streams, results, strict=True)):
         added = cluster_linear.Added(residual, gain, total, squares)
-        pushed = Pushed(inboxes[rank], Push(rank, addresses[rank]))
+        one_shot = OneShot(inboxes[rank], Push(rank, addresses[rank]))
         with torch.cuda.stream(stream):
             cluster_linear.cluster_linear(
-                inputs[rank].x, inputs[rank].weight, scaled, added=added, pushed=pushed, pdl=True, **cut
+                inputs[rank].x, inputs[rank].weight, scaled, added=added, one_shot=one_shot, pdl=True, **cut
             )
     torch.cuda.synchronize()
     return results
