@@ -202,9 +202,11 @@ def crossover(results: Sequence[Result], size: int) -> str:
     """
     fastest = groupby(results, key=lambda result: min(WITH_NORM, key=lambda kind: result.us[kind]))
     wins = ", ".join(f"{kind.removesuffix(', norm')} from {next(same).rows} on" for kind, same in fastest)
-    width, limits = results[0].width, Limits.of(size, DTYPE, summand=MAX_SUM_BYTES)
+    width, limits = results[0].width, Limits.of(size, DTYPE, summand=MAX_SUM_BYTES // DTYPE.itemsize)
     two_shots = min(limits.two_shots // width, size * MAX_PROGRAMS)
-    used = f"one_shot up to {limits.one_shot // width} rows, two_shot up to {two_shots}"
+    used = f"one_shot up to {limits.one_shot // width} rows"
+    if two_shots:
+        used += f", two_shot up to {two_shots}"
     pushed = "what layers push by themselves is not measured here"
     return f"width {width}: fastest with norm are {wins}; used are {used}, nccl beyond; {pushed}"
 

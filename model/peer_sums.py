@@ -34,8 +34,8 @@ from model.peer_logits import MAX_LOGITS_BYTES, PeerLogits
 MAX_SUM_BYTES = 80 << 20
 """The largest summand of a rank that is added up here: 8,192 rows of 5,120 in 16 bits. The rest is NCCL's.
 
-The bound is on the memory: with two ranks six times as much is allocated as the largest step's summands need, with more
-twice as much.
+The bound is on the memory: with two ranks three times as much is allocated as the largest step's summands need, with
+more twice as much.
 """
 
 MAX_ONE_SHOT_BYTES = 1 << 20
@@ -119,7 +119,7 @@ class PeerSums:
         # All parts are aligned to 256 bytes, as memory is that PyTorch allocates.
         inbox, large = (-(-numel // 128) * 128 for numel in (limits.one_shot, limits.two_shots))
         rank, size = group.rank(), group.size()
-        parts = [inbox * size] * len(Place) + [large] * 2 + [limits.logits]
+        parts = [inbox * (size - 1)] * len(Place) + [large] * 2 + [limits.logits]
         try:
             self._memory = symmetric_memory.empty((sum(parts),), dtype=dtype, device=device)
             self._flags = symmetric_memory.empty((size, MAX_PROGRAMS), dtype=torch.int32, device=device)
@@ -157,9 +157,12 @@ class PeerSums:
             return memories + offset * dtype.itemsize
 
         def one_shot(inboxes: torch.Tensor) -> OneShot:
-            return OneShot(inboxes, Push(rank, addresses(inboxes[rank])))
+            # They are in the order of the ranks, but an owner has none for itself.
+            numbers = torch.tensor([rank - (rank > owner) for owner in range(size)], device=device)
+            theirs = addresses(inboxes) + numbers * (inbox * dtype.itemsize)
+            return OneShot(inboxes.view(size - 1, inbox), Push(rank, theirs))
 
-        self._one_shot = [one_shot(of_place.view(size, inbox)) for of_place in places]
+        self._one_shot = [one_shot(of_place) for of_place in places]
         self._two_shots = TwoShots(rank, summand, addresses(summand), output, addresses(output), all_flags, meetings)
         self.logits = PeerLogits(logits, Parts(rank, addresses(logits), all_flags, meetings))
 

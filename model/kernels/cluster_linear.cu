@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
                    const u16* residual, const u16* gain,  // read, and total and squares written, only with ADDS
                    u16* total, float* squares, u16* out,
                    u16* const* inboxes,  // [RANKS]: of each rank, the one that this rank's sums come into
-                   u16* inbox_of_rank, int inbox_size,  // this rank's, [RANKS, inbox_size]
+                   u16* inbox_of_others, int inbox_size,  // this rank's, [RANKS - 1, inbox_size]
                    int rank, float eps, int parts, int rows, int n, int k, int stages) {
   extern __shared__ char memory[];
   __shared__ u64 ready_barriers[MAX_STAGES], free_barriers[MAX_STAGES], arrived_barrier;
@@ -245,13 +245,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
       if (ADDS) {
         if (RANKS) {  // what each has rounded, added in the order of the ranks and rounded
           const u32 mine = result;
-          a = b = 0.f;
 #pragma unroll
           for (int other = 0; other < RANKS; other++) {
+            const u64 inbox = (u64)(other - (other > rank)) * inbox_size;
             const u32 summand = other == rank ? mine
-                                : row < rows  ? take((u32*)(inbox_of_rank + (u64)other * inbox_size + place))
+                                : row < rows  ? take((u32*)(inbox_of_others + inbox + place))
                                               : 0;
-            a += low(summand), b += high(summand);
+            a = other ? a + low(summand) : low(summand);
+            b = other ? b + high(summand) : high(summand);
           }
           const u32 sum = pack(a, b);
           a = low(sum), b = high(sum);

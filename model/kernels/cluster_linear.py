@@ -116,7 +116,7 @@ def cluster_linear(
     assert n % FEATURES == 0, f"{n} features are no whole number of {FEATURES}"
     assert k % (SLICE * slices * cluster) == 0, f"{k} columns are no whole number of tiles for each of {cluster}"
     assert 2 <= stages <= most_stages(block_rows, slices), f"{stages} stages"
-    ranks = 0 if one_shot is None else len(one_shot.inboxes)
+    ranks = 0 if one_shot is None else len(one_shot.push.inboxes)
     source = source_of(block_rows, cluster, slices, scaled=scale is not None, adds=added is not None, ranks=ranks)
     of_row = k // SLICE  # slices
     with dispensable("clusters"):

@@ -58,8 +58,9 @@ def can_sum(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def linear_sum_add_norm(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float, one_shot: OneShot
 ) -> tuple[Normed, torch.Tensor]:
-    """Return (rms_norm(total, gain, eps), total), total being residual + the sum over all ranks of x @ weight.T, the
-    same bits on every rank, however others sum; `can_sum` must be true. Shapes: as for `linear_add_norm`.
+    """Return (rms_norm(total, gain, eps), total), total being residual + the sum over all ranks of x @ weight.T: the
+    same bits on every rank, however it sums; what is normed, on those that launch the same. `can_sum` must be true.
+    Shapes: as for `linear_add_norm`.
     """
     tiling = _summing(x, weight)
     assert tiling is not None, "clusters alone sum"

@@ -42,7 +42,8 @@ this memory.
 
 Programs need not all fit on a GPU at a time. They do have to start in the order of their numbers, as they do on every
 GPU so far: of those that have not ended on every rank, the ones of the lowest number then run on all ranks, or can
-start; and they wait for nobody but each other.
+start; and they wait for nobody but each other. Only where a layer sums on one rank and a kernel on another does each of
+its programs wait for all of theirs: those of `model.kernels.tilings.MAX_SUMMED_ROWS` rows do fit.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, misc"
@@ -65,14 +66,14 @@ class Push:
     """Where a rank pushes its summand to. Addresses are those that this rank reaches memory by."""
 
     rank: int
-    inboxes: torch.Tensor  # [size] int64: where each rank's inbox for this one begins, at a multiple of 16 bytes
+    inboxes: torch.Tensor  # [size] int64: where each other's inbox for this one begins, at a multiple of 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class OneShot:
     """Where summands come and go."""
 
-    inboxes: torch.Tensor  # [size, numel]: this rank's, one for each rank; `EMPTY` where nothing has come
+    inboxes: torch.Tensor  # [size - 1, numel]: this rank's, one for each other; `EMPTY` where nothing has come
     push: Push
 
 
@@ -160,7 +161,7 @@ def _launch(
     options = {"PDL": bool(launch), "num_warps": min(max(block // 512, 1), 16), **launch}
     operands = {"WIDTH": width, "BLOCK": block, "NORM": norm}
     if isinstance(way, OneShot):
-        size, numel = way.inboxes.shape
+        size, numel = len(way.push.inboxes), way.inboxes.shape[1]
         assert x.numel() <= numel, f"{x.numel()} elements are more than the {numel} that inboxes have room for"
         _one_shot_kernel[(rows,)](
             *(x, way.inboxes, way.push.inboxes, residual, weight, out, total, eps),
@@ -191,7 +192,7 @@ def _launch(
 @jit
 def _one_shot_kernel(
     x_ptr,  # [rows, WIDTH]
-    inboxes_ptr,  # [SIZE, INBOX]
+    inboxes_ptr,  # [SIZE - 1, INBOX]
     theirs_ptr,  # [SIZE] int64: `Push.inboxes`, read only with PUSHES
     residual_ptr,  # [rows, WIDTH], read only with NORM
     weight_ptr,  # [WIDTH], read only with NORM
@@ -231,7 +232,7 @@ def _one_shot_kernel(
     for rank in tl.static_range(SIZE):
         summand = own
         if rank != RANK:
-            summand = _take(inboxes_ptr + rank * INBOX + places, mask)
+            summand = _take(inboxes_ptr + (rank - (rank > RANK)) * INBOX + places, mask)
         summands = summands + (summand,)
     out = _add_up(summands, residual, weight, eps, total_ptr + places, mask, dtype, SIZE, WIDTH, NORM)
     tl.store(out_ptr + places, out, mask=mask)

@@ -177,8 +177,8 @@ def small_linear_add_norm_triton(
 ) -> tuple[Normed, torch.Tensor]:
     """As `small_linear_add_norm_torch`, on the terms of `small_linear_triton`; what is normed is still to be scaled.
 
-    With `one_shot`, which only cluster can do, it is the sum of all ranks' products that is added to the residual. Each
-    launches the same, and the results are the same bits on every rank.
+    With `one_shot`, which only cluster can do, it is the sum of all ranks' products that is added to the residual. The
+    total has the same bits on every rank; so has what is scaled on those that launch the same.
     """
     scaled, total = torch.empty_like(residual), torch.empty_like(residual)
     squares = torch.empty((x.shape[0], tiling.parts(weight.shape[0])), dtype=torch.float32, device=x.device)

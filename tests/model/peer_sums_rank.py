@@ -136,6 +136,9 @@ def check_step(peer_sums: PeerSums, rank: int, dtype: torch.dtype, shapes: Shape
     embedding's sum itself.
     """
     tp = TensorParallel(rank, dist.get_world_size(), dist.group.WORLD, peer_sums)
+    if on_gpu():
+        torch.cuda.synchronize()
+    dist.barrier()  # all sums have ended on all ranks, so that the first one may be of the place of the one before
     torch.manual_seed(9)  # what is random is the same on every rank
     for shape in shapes:
         own = own_rows(peer_sums, rank, shape, dtype)
@@ -216,7 +219,8 @@ def check_back_to_back(
 ) -> None:
     """Many calls of different sizes without a pause, now one rank late and now the other, each with inputs of its own.
 
-    Whatever is read too early or overwritten too early gives a wrong sum.
+    Whatever is read too early or overwritten too early gives a wrong sum. What a layer pushes on one rank, the sum's
+    kernel may push on another.
     """
     for first in range(0, rounds * 100, 100):
         calls = [(call, shapes[call * 7 % len(shapes)]) for call in range(first, first + 100)]
@@ -227,7 +231,7 @@ def check_back_to_back(
         for (call, _), x in zip(calls, inputs, strict=True):
             if (call + 3 * rank) % 7 == 0:
                 be_late()
-            sums.append(add_up(peer_sums, x, in_place=call % 3 < 2, push=call % 3 == 0))
+            sums.append(add_up(peer_sums, x, in_place=call % 3 < 2, push=(call // 3 + rank) % 3 > 0))
         for (call, shape), out in zip(calls, sums, strict=True):
             assert torch.equal(out, total(call, shape, dtype)), f"call {call}, {shape}, {dtype}"
 
@@ -239,7 +243,10 @@ def check_in_a_graph(peer_sums: PeerSums, rank: int, dtype: torch.dtype) -> None
     torch.cuda.synchronize()
     assert len(SHAPES) % len(Place) == 2
     with torch.cuda.graph(graph):
-        sums = [add_up(peer_sums, x, in_place=bool(index % 3), push=index % 3 == 2) for index, x in enumerate(inputs)]
+        sums = [
+            add_up(peer_sums, x, in_place=bool(index % 3), push=(index + rank) % 3 == 2)
+            for index, x in enumerate(inputs)
+        ]
     between = next(places)
     for replay in range(100):
         for x, shape in zip(inputs, SHAPES, strict=True):
@@ -255,11 +262,12 @@ def check_in_a_graph(peer_sums: PeerSums, rank: int, dtype: torch.dtype) -> None
 
 
 def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not_pushed: tuple[int, ...] = ()) -> None:
-    """Products write where others read, as dependent launches, behind sums and before them: no step is too early.
+    """Products are pushed, or written where others read, as dependent launches, behind sums and before them: no step is
+    too early.
 
     The same launches one at a time, with the device idle between them, tell what has to come out. So many rows are
-    pushed to the other rank by every layer, and then by two of three; of the third, and of other rows, in one shot, the
-    sum's kernel pushes.
+    pushed to the other rank by every layer, and then by two of three, another one on each rank; of the third, and of
+    other rows, in one shot, the sum's kernel pushes.
     """
     width, steps = 1024, 24
     torch.manual_seed(11 + rank)
@@ -279,7 +287,7 @@ def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not
                 assert room is not None
                 pushes = room.push is not None and can_push(hidden, weight)
                 assert pushes == (len(hidden) in pushed), f"{len(hidden)} rows"
-                push = room.push if pushes and not (mixed and step % 3 == 0) else None
+                push = room.push if pushes and not (mixed and (step + rank) % 3 == 0) else None
                 summand = linear(hidden, weight, out=room.memory, push=push)
                 if one_at_a_time:
                     torch.cuda.synchronize()
@@ -309,7 +317,8 @@ def check_layers(peer_sums: PeerSums, rank: int, *, pushed: tuple[int, ...], not
 
 
 def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
-    """As `check_layers`, of layers that add up by themselves what ranks have, all of them and then two of three."""
+    """As `check_layers`, of layers that add up by themselves what ranks have, all of them and then two of three, the
+    same on both ranks and then others."""
     width, steps = 1024, 24
     torch.manual_seed(21 + rank)
     weights = [(torch.randn(width, width) / 32).to(torch.bfloat16) for _ in range(2 * steps)]
@@ -317,8 +326,9 @@ def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
     gain = torch.randn(width).to(torch.bfloat16)
     x = torch.randn(rows, width).to(torch.bfloat16)
 
-    def chain(*, late: int = -1, one_at_a_time: bool = False, by_themselves: int = steps) -> torch.Tensor:
-        """Every so manieth layer leaves it to a kernel for sums; with 1, all."""
+    def chain(by_themselves: int, apart: int, *, late: int = -1, one_at_a_time: bool = False) -> torch.Tensor:
+        """Every so manieth layer leaves it to a kernel for sums, another one on each rank if these are `apart`; with 1,
+        all do."""
         normed, residual = Normed(x), x
         for step, (into, back) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
             place = (Place.ATTENTION, Place.MLP)[step % 2]
@@ -327,7 +337,7 @@ def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
                 torch.cuda.synchronize()
             if step % 7 == late:
                 be_late()
-            if (step + 1) % by_themselves:
+            if (step + 1 + apart * rank) % by_themselves:
                 assert can_sum(hidden, back)
                 one_shot = peer_sums.one_shot(residual.shape, residual.dtype, place)
                 assert one_shot is not None
@@ -343,20 +353,22 @@ def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
                 torch.cuda.synchronize()
         return torch.cat((normed.finish(), residual))
 
-    separate = chain(by_themselves=1, one_at_a_time=True)
-    for by_themselves in (steps + 1, 3):
-        expected = chain(one_at_a_time=True, by_themselves=by_themselves)
+    separate = chain(1, 0, one_at_a_time=True)
+    for way in ((steps + 1, 0), (3, 0), (3, 1)):
+        expected = chain(*way, one_at_a_time=True)
         error = (expected - separate).float().norm() / separate.float().norm()
         assert error < 0.03, f"{rows} rows: {error}"
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            out = chain(late=3 * rank, by_themselves=by_themselves)
+            out = chain(*way, late=3 * rank)
         for _ in range(50):
             out.fill_(torch.nan)
             graph.replay()
             assert torch.equal(out, expected), f"{rows} rows"
-        assert torch.equal(chain(late=3 - 3 * rank, by_themselves=by_themselves), expected), f"{rows} rows, eager"
+        assert torch.equal(chain(*way, late=3 - 3 * rank), expected), f"{rows} rows, eager"
+        if way[1]:  # then ranks norm in other ways, with other roundings
+            expected = expected[rows:]
         every = [torch.empty_like(expected) for _ in range(SIZE)]
         dist.all_gather(every, expected)
         assert all(torch.equal(every[0], other) for other in every[1:])
@@ -365,7 +377,7 @@ def check_layers_that_sum(peer_sums: PeerSums, rank: int, rows: int) -> None:
 def check_largest(group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
     """In one shot, with a program for every row, and in two, with one for every two; and a rank is late."""
     dtype = torch.bfloat16
-    largest = Limits.of(SIZE, dtype, summand=MAX_SUM_BYTES)
+    largest = Limits.of(SIZE, dtype, summand=MAX_SUM_BYTES // dtype.itemsize)
     assert largest == Limits(LARGEST[0] * LARGEST[1], 0)
     for limits in (largest, Limits(0, largest.one_shot)):
         peer_sums = PeerSums(group, limits, dtype=dtype, device=device)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
-from triton.runtime.interpreter import InterpreterBuilder
 
 _INTEGERS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
@@ -69,9 +68,25 @@ def stored_once() -> Iterator[None]:
     It calls memcpy for each, which may move what is so short twice. Between the two, another process may have stored
     the element, or have taken it and said so in its place.
     """
+    from triton.runtime.interpreter import InterpreterBuilder  # which not every machine has that runs other tests
+
+    load_otherwise = InterpreterBuilder.create_masked_load
+
+    def load(builder: Any, ptrs: Any, mask: Any, other: Any, cache_policy: object, is_volatile: bool) -> Any:
+        loaded = load_otherwise(builder, ptrs, mask, other, cache_policy, is_volatile)
+        if is_volatile:
+            elements = loaded.data.view(f"u{loaded.data.itemsize}")
+            kind, wanted = _INTEGERS[loaded.data.itemsize], np.broadcast_to(mask.data, ptrs.data.shape)
+            elements[wanted] = [kind.from_address(address).value for address in ptrs.data[wanted].tolist()]
+        return loaded
+
+    def store_once(builder: Any, ptrs: Any, value: Any, mask: Any, cache_policy: object) -> None:
+        wanted = np.broadcast_to(mask.data, ptrs.data.shape)
+        store(ptrs.data[wanted].tolist(), np.broadcast_to(value.data, ptrs.data.shape)[wanted])
+
     with (
-        patch.object(InterpreterBuilder, "create_masked_store", _store),
-        patch.object(InterpreterBuilder, "create_masked_load", _load),
+        patch.object(InterpreterBuilder, "create_masked_store", store_once),
+        patch.object(InterpreterBuilder, "create_masked_load", load),
     ):
         yield
 
@@ -82,22 +97,3 @@ def store(addresses: Iterable[int], elements: np.ndarray) -> None:
     integers = elements.view(f"u{elements.itemsize}").tolist()
     for address, integer in zip(addresses, integers, strict=True):
         kind.from_address(address).value = integer
-
-
-_load_otherwise = InterpreterBuilder.create_masked_load
-
-
-def _load(
-    builder: InterpreterBuilder, ptrs: Any, mask: Any, other: Any, cache_policy: object, is_volatile: bool
-) -> Any:
-    loaded = _load_otherwise(builder, ptrs, mask, other, cache_policy, is_volatile)
-    if is_volatile:
-        elements = loaded.data.view(f"u{loaded.data.itemsize}")
-        kind, wanted = _INTEGERS[loaded.data.itemsize], np.broadcast_to(mask.data, ptrs.data.shape)
-        elements[wanted] = [kind.from_address(address).value for address in ptrs.data[wanted].tolist()]
-    return loaded
-
-
-def _store(builder: InterpreterBuilder, ptrs: Any, value: Any, mask: Any, cache_policy: object) -> None:
-    wanted = np.broadcast_to(mask.data, ptrs.data.shape)
-    store(ptrs.data[wanted].tolist(), np.broadcast_to(value.data, ptrs.data.shape)[wanted])

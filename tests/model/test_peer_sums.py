@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -58,19 +58,16 @@ def test_a_rank_that_waits_for_a_lost_one_can_be_killed(tmp_path: Path) -> None:
 
 
 def test_where_there_is_room(tmp_path: Path) -> None:
-    cpu, rows = torch.device("cpu"), peer_sums.MAX_PROGRAMS
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with shared_files(tmp_path, 0):
-            made, narrow = (
-                peer_sums.PeerSums(torch.distributed.group.WORLD, limits, dtype=dtype, device=cpu)
-                for limits, dtype in (
-                    (peer_sums.Limits(256, 384), torch.float32),
-                    (peer_sums.Limits(0, 2 * rows + 2), torch.bfloat16),
-                )
+    cpu, rows = torch.device("cpu"), 2 * peer_sums.MAX_PROGRAMS  # of two ranks
+    group = Mock(**{"rank.return_value": 1, "size.return_value": 2})
+    with shared_files(tmp_path, 1), patch.object(torch.distributed, "barrier"):
+        made, narrow = (
+            peer_sums.PeerSums(group, limits, dtype=dtype, device=cpu)
+            for limits, dtype in (
+                (peer_sums.Limits(256, 384), torch.float32),
+                (peer_sums.Limits(0, 2 * rows + 2), torch.bfloat16),
             )
-    finally:
-        torch.distributed.destroy_process_group()
+        )
 
     def rooms(sums: peer_sums.PeerSums, shape: tuple[int, int], dtype: torch.dtype) -> list[peer_sums.Room | None]:
         return [sums.room(torch.Size(shape), dtype, place) for place in peer_sums.Place]

@@ -181,7 +181,7 @@ def run_sums(width: int, dtype: torch.dtype) -> None:
     x, residual = torch.zeros((2, SLOTS, width), dtype=dtype)
     weight, push = torch.ones(width, dtype=dtype), Push(1, nowhere)
     meetings = torch.zeros(SLOTS, dtype=torch.int32)
-    one_shot = OneShot(torch.zeros((2, x.numel()), dtype=dtype), push)
+    one_shot = OneShot(torch.zeros((1, x.numel()), dtype=dtype), push)
     two_shots = TwoShots(1, x.view(-1), nowhere, torch.zeros_like(x).view(-1), nowhere, nowhere, meetings)
     for way, pushed in ((one_shot, False), (one_shot, True), (two_shots, False)):
         peer_sum(x, way, pushed=pushed)

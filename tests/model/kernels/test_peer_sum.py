@@ -1,4 +1,4 @@
-"""The sum over ranks by one rank alone: its peers' memory is made up, with flags that are there already."""
+"""The sum over ranks by one rank alone: its peers' memory is made up, with summands or flags that are there already."""
 
 from __future__ import annotations
 
@@ -21,29 +21,35 @@ class Inboxes:
     def __init__(self, rank: int, size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.summands = [torch.randn(shape).to(device, dtype) for _ in range(size)]
         numel = shape[0] * shape[1]
-        # Of each rank, for each rank; this one writes to one of each.
-        self.of_ranks = [torch.empty((size, numel + 24), dtype=dtype, device=device) for _ in range(size)]
+        # Of each rank, for each other; this one writes to one of each.
+        self.of_ranks = [torch.empty((size - 1, numel + 24), dtype=dtype, device=device) for _ in range(size)]
         for inboxes in self.of_ranks:
             bits(inboxes).fill_(EMPTY)
         self.rank, self.numel, self.x = rank, numel, self.summands[rank]
         self.put()
-        theirs = addresses([inboxes[rank] for inboxes in self.of_ranks], device)
-        self.way = OneShot(self.of_ranks[rank], Push(rank, theirs))
+        nothing = torch.empty(0, dtype=dtype, device=device)
+        theirs = [nothing if owner == rank else self.inbox(owner, rank) for owner in range(size)]
+        self.way = OneShot(self.of_ranks[rank], Push(rank, addresses(theirs, device)))
+
+    def inbox(self, owner: int, sender: int) -> torch.Tensor:
+        return self.of_ranks[owner][sender - (sender > owner)]
 
     def put(self) -> None:
         """Let all others push."""
         for other, summand in enumerate(self.summands):
             if other != self.rank:
-                self.of_ranks[self.rank][other, : self.numel] = summand.flatten()
+                self.inbox(self.rank, other)[: self.numel] = summand.flatten()
 
     def check(self, *, pushed: torch.Tensor | None) -> None:
-        """This rank's inboxes are empty again, and in each of the others' there is what this rank has pushed, in its
-        own place and no other."""
-        for other, inboxes in enumerate(self.of_ranks):
-            expected = torch.full_like(bits(inboxes), EMPTY)
-            if other != self.rank and pushed is not None:
-                expected[self.rank, : self.numel] = bits(pushed).flatten()
-            assert torch.equal(bits(inboxes), expected), f"of rank {other}"
+        """This rank's inboxes are empty again, and each other's for this rank has what this one has pushed, and no
+        other has anything."""
+        for owner in range(len(self.of_ranks)):
+            for sender in range(len(self.of_ranks)):
+                if sender != owner:
+                    expected = torch.full_like(bits(self.inbox(owner, sender)), EMPTY)
+                    if sender == self.rank and pushed is not None:
+                        expected[: self.numel] = bits(pushed).flatten()
+                    assert torch.equal(bits(self.inbox(owner, sender)), expected), f"{owner}'s for {sender}"
 
 
 class Group:
