@@ -41,7 +41,15 @@ from model.kernels.linear import linear_add_norm, norm_linear
 from model.kernels.norm import Normed, Scale
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
-from model.kernels.tilings import ROW_CLASSES, Work, cluster_tiling, default_tiling, tiling_for
+from model.kernels.tilings import (
+    CLUSTERS_ONLY,
+    ROW_CLASSES,
+    Work,
+    cluster_tiling,
+    default_tiling,
+    most_clustered_rows,
+    tiling_for,
+)
 
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
 ROTATED_BYTES = 160 << 20
@@ -71,7 +79,7 @@ class Layer:
 
     def parts(self, rows: int) -> int:
         """How many sums of squares a row has in front of this layer; any number, if the layer before leaves none."""
-        before = tiling_for(rows, *self.behind, gated=False, clusters=True) if self.behind else None
+        before = tiling_for(rows, *self.behind, gated=False, adds=True, clusters=True) if self.behind else None
         return before.parts(self.k) if before else triton.cdiv(self.k, 64)
 
     @property
@@ -125,7 +133,7 @@ def _variants(layer: Layer, rows: int) -> Iterator[Variant]:
     default = default_tiling(layer.work(rows))
     if default is not None:
         yield Variant(default)
-    if not layer.gated and rows <= 64:
+    if not layer.gated and rows <= most_clustered_rows(adds=layer.adds):
         for tiling in _cluster_tilings(layer, rows):
             yield Variant(tiling)
     if rows <= 2:
@@ -372,7 +380,7 @@ class Result:
         wanted = best.tiling if self.times[best] < 0.98 * self.separate else None
         default = default_tiling(self.layer.work(self.rows))
         least = min(self.times[best], self.separate)
-        if self.by_default >= 1.03 * least and wanted != default:
+        if self.by_default >= 1.03 * least and wanted != default and self.rows not in CLUSTERS_ONLY:
             yield "MEASURED", self._line(wanted, self.times[best] if wanted else self.separate, self.by_default)
         if not in_clusters:
             return

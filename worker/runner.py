@@ -21,6 +21,7 @@ import torch.distributed as dist
 from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.ahead import compile_ahead
+from model.kernels.rows import empty_rows
 from model.kernels.runtime import wanted
 from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
@@ -172,7 +173,8 @@ class Runner:
         """Return the hidden states of the rows' last tokens."""
         hidden: torch.Tensor = self._model(inputs, self._kv_cache)
         if bounds.max_chunk_rows:  # else each row's only token is its last
-            hidden = hidden[rows.last_tokens]
+            of_rows = empty_rows(len(rows.last_tokens), hidden.shape[1], like=hidden)
+            hidden = torch.index_select(hidden, 0, rows.last_tokens, out=of_rows)
         return hidden
 
     def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

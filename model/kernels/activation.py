@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.rows import empty_rows
 from model.kernels.runtime import jit, tl, triton, use_triton
 
 _BLOCK = 1024
@@ -30,7 +31,7 @@ def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
 def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous(), "silu_and_mul reads contiguous rows"
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    out = empty_rows(rows, width, like=x)
     launch = dependent_launch(x)
     _silu_and_mul_kernel[(rows, triton.cdiv(width, _BLOCK))](
         x, out, WIDTH=width, BLOCK=_BLOCK, PDL=bool(launch), num_warps=4, **launch

@@ -26,6 +26,7 @@ from model.kernels.decode_attention import MERGED, TILE, streamed_decode, stream
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.prefill_attention import QUERIES, overlapped_prefill, overlaps
 from model.kernels.rope_kv import Projected
+from model.kernels.rows import empty_rows
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 
@@ -236,7 +237,7 @@ def paged_attention_triton(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     heads = q.shape[1]
-    out = torch.empty_like(q) if out is None else out
+    out = empty_rows(*q.shape, like=q) if out is None else out
     _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)
     if plan.tiles.rows.shape[0]:
         lists = (block_tables, query_starts, kv_lens, plan.tiles.rows, plan.tiles.firsts)
@@ -272,7 +273,7 @@ def paged_decode_triton(
     """
     qkv = projected.qkv
     assert not plan.tiles.rows.shape[0], "rows of several queries are not for this kernel"
-    out = qkv.new_empty((qkv.shape[0], projected.num_heads, projected.q_weight.shape[0]))
+    out = empty_rows(qkv.shape[0], projected.num_heads, projected.q_weight.shape[0], like=qkv)
     _launch_decode(qkv, projected, key_cache, value_cache, block_tables, scale, plan, out)
     return out
 

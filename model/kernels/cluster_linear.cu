@@ -9,7 +9,7 @@
 // sums of 64 / CLUSTER features to the program of the cluster that owns those, into its shared memory, where they are
 // added in a fixed order. Who owns features applies what stands around the product.
 //
-// Defined before this text: ROWS, 8 to 64, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is
+// Defined before this text: ROWS, 8 to 96, a multiple of 8; CLUSTER, 2 or 4; SLICES, of a tile; SCALED, whether x is
 // still to be multiplied by 1 / rms of its rows; ADDS, whether there is a residual; RANKS, with ADDS, over how many the
 // sum is, 0 if there is only this one; EMPTY, the bits of an element of an inbox that has not come; and what hopper.cuh
 // wants.
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
   }
 
   // So many threads, a power of two, add up a row's squares.
-  constexpr int OF_ROW = ROWS <= 8 ? 16 : ROWS <= 16 ? 8 : ROWS <= 32 ? 4 : 2;
+  constexpr int OF_ROW = ROWS <= 8 ? 16 : ROWS <= 16 ? 8 : ROWS <= 32 ? 4 : ROWS <= 64 ? 2 : 1;
   float mean = 0.f;
   if (SCALED && threadIdx.x / OF_ROW < rows) {
     const float* of_row = scale_squares + (u64)(threadIdx.x / OF_ROW) * parts;

@@ -30,9 +30,11 @@ from model.kernels.cuda_source import (
 )
 from model.kernels.norm import Scale
 from model.kernels.peer_sum import EMPTY, OneShot
+from model.kernels.rows import whole_tiles
 
 FEATURES = 64
 """A cluster's, the rows of matrix units' left operand."""
+MAX_ROWS = 96
 _PART = 16
 """Features of a warp."""
 _THREADS = 160  # four warps that multiply, and one that fetches
@@ -53,12 +55,12 @@ class Added(NamedTuple):
 def source_of(
     rows: int, cluster: int, slices: int, *, scaled: bool = False, adds: bool = False, ranks: int = 0
 ) -> Source:
-    """Return the kernel for up to so many rows, 8 to 64 in steps of 8, `cluster` programs, and tiles of so many slices.
+    """Return the kernel for up to so many rows, 8 to 96 in steps of 8, `cluster` programs, tiles of so many slices.
 
     With `scaled`, x is still to be scaled, and with `adds` there is a residual, to which it may be the sum over so many
     ranks that is added.
     """
-    assert rows in range(8, 65, 8), rows
+    assert rows in range(8, MAX_ROWS + 1, 8), rows
     assert cluster in (2, 4), cluster
     return Source(
         "cluster_linear.cu",
@@ -119,6 +121,7 @@ def cluster_linear(
     ranks = 0 if one_shot is None else len(one_shot.push.inboxes)
     source = source_of(block_rows, cluster, slices, scaled=scale is not None, adds=added is not None, ranks=ranks)
     of_row = k // SLICE  # slices
+    tiles = whole_tiles(x, block_rows)
     with dispensable("clusters"):
         kernel = kernel_of(source, x.device)
         if kernel is None:
@@ -130,7 +133,7 @@ def cluster_linear(
             tensor_map(
                 weight, (SLICE, 8, 2, n // _PART, of_row), (2 * k, k, _PART * k, SLICE), (SLICE, 8, 2, 4, slices)
             ),
-            tensor_map(x, (SLICE, rows, of_row), (k, SLICE), (SLICE, block_rows, slices)),
+            tensor_map(tiles, (SLICE, len(tiles), of_row), (k, SLICE), (SLICE, block_rows, slices)),
             # A pointer that nothing is read through stands for what is not given.
             pointer(out if scale is None else scale.squares),
             *map(pointer, (*(added or (out,) * 4), out)),

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from model.kernels.dependent import begin_dependents, dependent_launch
 from model.kernels.norm import norm_row, rms_norm
 from model.kernels.peer_sum import Push, address_in, without_empty
+from model.kernels.rows import empty_rows
 from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 _BLOCK = 1024
@@ -68,7 +69,7 @@ def embed_rms_norm_triton(
     token_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, width = token_ids.shape[0], table.shape[1]
-    normed, rows = (table.new_empty((tokens, width)) for _ in range(2))
+    normed, rows = empty_rows(tokens, width, like=table), table.new_empty((tokens, width))
     assert all(tensor.is_contiguous() for tensor in (token_ids, table)), "embed_rms_norm reads contiguous rows"
     block = triton.next_power_of_2(width)
     _embed_rms_norm_kernel[(tokens,)](

@@ -24,6 +24,7 @@ from model.kernels.cuda_source import (
     tensor_map,
 )
 from model.kernels.norm import Scale
+from model.kernels.rows import empty_rows, whole_tiles
 
 _FEATURES = 32  # of a group of warps
 LEAST_ROWS = 65
@@ -189,7 +190,7 @@ def gated_linear(
     assert scale is None or (scale.squares.is_contiguous() and len(scale.squares) == rows), (
         "sums of squares of each row"
     )
-    out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    out, tiles = empty_rows(rows, features, like=x), whole_tiles(x, cut.block_rows)
     with dispensable("gated_linear"):
         kernel = kernel_of(cut.source(scaled=scale is not None), x.device)
         if kernel is not None:
@@ -198,7 +199,7 @@ def gated_linear(
                 cut.groups * 128,
                 # Eight gates lie before their eight ups.
                 tensor_map(weight, (k, 8, 2, features // 8), (k, features * k, 8 * k), (SLICE, 8, 2, _FEATURES // 8)),
-                tensor_map(x, (k, rows), (k,), (SLICE, cut.block_rows // cut.cluster)),
+                tensor_map(tiles, (k, len(tiles)), (k,), (SLICE, cut.block_rows // cut.cluster)),
                 tensor_map(out, (features, rows), (features,), (_FEATURES, cut.rows_of_piece)),
                 pointer(out if scale is None else scale.squares),  # nothing is read through it if there is no scale
                 number(0.0 if scale is None else scale.eps),

@@ -106,7 +106,7 @@ def linear_add_norm(
 
     x, weight, bias: as for `linear`. residual: [rows, n], contiguous; the second result may take its memory. gain: [n].
     """
-    tiling = _tiling(x, weight, clusters=bias is None)
+    tiling = _tiling(x, weight, adds=True, clusters=bias is None)
     if tiling is not None:
         pdl = bool(dependent_launch(x))
         return small_linear_add_norm_triton(x, weight, bias, residual, gain, eps, tiling=tiling, pdl=pdl)
@@ -133,14 +133,21 @@ def _separate(
 
 
 def _tiling(
-    x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, push: bool = False, clusters: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    gated: bool = False,
+    adds: bool = False,
+    push: bool = False,
+    clusters: bool = False,
 ) -> Tiling | None:
     """How to compute a layer in one launch, with `clusters` also by those; None where that is not to be done."""
     if not _wants_small_linear(x):
         return None
     n, k = weight.shape
     rows = max(x.shape[0], _RING_ROWS) if push else x.shape[0]
-    tiling = tiling_for(rows, n, k, gated=gated, push=push, clusters=clusters and _has_clusters(x.device))
+    clusters = clusters and _has_clusters(x.device)
+    tiling = tiling_for(rows, n, k, gated=gated, adds=adds, push=push, clusters=clusters)
     if tiling is not None and tiling.form == "ring" and not fetches_tiles(x.device):
         return None
     return tiling

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
+from model.kernels.rows import empty_rows
 from model.kernels.runtime import jit, tl, triton, use_triton
 
 
@@ -77,7 +78,7 @@ def add_rms_norm_torch(
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    normed = torch.empty_like(x)
+    normed = empty_rows(*x.shape, like=x)
     _launch(x, x, weight, normed, normed, eps, add_residual=False)
     return normed
 
@@ -85,7 +86,7 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 def add_rms_norm_triton(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    normed, total = torch.empty_like(x), torch.empty_like(x)
+    normed, total = empty_rows(*x.shape, like=x), torch.empty_like(x)
     _launch(x, residual, weight, normed, total, eps, add_residual=True)
     return normed, total
 

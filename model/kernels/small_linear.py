@@ -44,6 +44,7 @@ from model.kernels.dependent import begin_dependents, wait
 from model.kernels.norm import Normed, Scale, add_rms_norm_torch
 from model.kernels.peer_sum import OneShot, Push
 from model.kernels.ring_linear import pieces, ring_kernel
+from model.kernels.rows import empty_rows, whole_tiles
 from model.kernels.runtime import jit, jit_once, tl, triton
 from model.kernels.tiles import tiles_of
 
@@ -81,7 +82,8 @@ class Tiling:
             assert self.block_n == cluster_linear.FEATURES, "a program of cluster has 64 weight rows"
             assert self.block_k % SLICE == 0, "a tile of cluster is made of slices"
             assert self.rows <= self.block_rows, "a program of cluster has all rows"
-            assert self.block_rows in range(8, 65, 8), "a program of cluster has 8 to 64 rows, in steps of 8"
+            rows = range(8, cluster_linear.MAX_ROWS + 1, 8)
+            assert self.block_rows in rows, f"a program of cluster has 8 to {rows[-1]} rows, in steps of 8"
             assert self.splits in (2, 4), "a cluster has two or four programs"
             assert self.warps == 4, "four warps of cluster multiply"
             assert self.stages >= 2, "a ring has two places or more"
@@ -158,7 +160,7 @@ def small_linear_triton(
     """
     if out is None:
         n = weight.shape[0]
-        out = torch.empty((x.shape[0], n // 2 if gated else n), dtype=x.dtype, device=x.device)
+        out = empty_rows(x.shape[0], n // 2 if gated else n, like=x)
     _launch(x, weight, bias, out, scale=scale, gated=gated, push=push, tiling=tiling, pdl=pdl)
     return out
 
@@ -180,7 +182,7 @@ def small_linear_add_norm_triton(
     With `one_shot`, which only cluster can do, it is the sum of all ranks' products that is added to the residual. The
     total has the same bits on every rank; so has what is scaled on those that launch the same.
     """
-    scaled, total = torch.empty_like(residual), torch.empty_like(residual)
+    scaled, total = empty_rows(*residual.shape, like=residual), torch.empty_like(residual)
     squares = torch.empty((x.shape[0], tiling.parts(weight.shape[0])), dtype=torch.float32, device=x.device)
     assert one_shot is None or tiling.form == "cluster", f"{tiling.form} adds up nothing of other ranks"
     added = (residual, gain, total, squares)
@@ -265,7 +267,7 @@ def _launch(
         wide, narrow = (piece // (2 if gated else 1) for piece in tiling.pieces)
         assert narrow % 8 == 0, f"gates or ups of {narrow} weight rows do not lie where matrix units find them"
         ring_kernel[(tiles, blocks, tiling.splits)](
-            tiles_of(x, tiling.block_rows, tiling.block_k),
+            tiles_of(whole_tiles(x, tiling.block_rows), tiling.block_rows, tiling.block_k),
             tiles_of(weight, wide, tiling.block_k),
             tiles_of(weight, narrow or wide, tiling.block_k),
             *arguments,

@@ -14,10 +14,11 @@ from model.kernels import cluster_linear
 from model.kernels.cuda_source import SLICE
 from model.kernels.small_linear import Tiling
 
-ROW_CLASSES = (1, 2, 8, 16, 32, 64, 128, 256)
+ROW_CLASSES = (1, 2, 8, 16, 32, 64, 80, 96, 128, 256)
 """Numbers of rows that have a tiling; in between, the next one counts, so that a padded batch has the same launch.
 (Not a short prompt: a graph of 64 tokens is the smallest that it is padded to. Fewer than 8 rows cost matrix units as
-much as 8.)"""
+much as 8.) 80 and 96 are for clusters only, others have 128."""
+CLUSTERS_ONLY = (80, 96)
 
 
 class Work(NamedTuple):
@@ -127,6 +128,8 @@ CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(32, 4096, 2048): None,  # 8B/2 o: 5.8, else 5.9
         Work(64, 4096, 2048): None,  # 8B/2 o: 5.9, else 6.5
         Work(1, 4096, 6144): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B/2 down: 12.0, else 12.9
+        **{Work(rows, 1024, 2048): None for rows in CLUSTERS_ONLY},  # 0.6B o: 6.0, else 4.5
+        **{Work(rows, 1024, 3072): None for rows in CLUSTERS_ONLY},  # 0.6B down: 7.3, else 5.8
     }
 )
 """Where layers without bias and gate have clusters cut otherwise than `cluster_tiling` says; None where something else
@@ -139,10 +142,13 @@ token instead of 2.41 at batch 8 if they are, 2.49 instead of 2.53 at 16, but 2.
 ranks it was not measured."""
 
 
-def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, clusters: bool = False) -> Tiling | None:
+def tiling_for(
+    rows: int, n: int, k: int, *, gated: bool, adds: bool = False, push: bool = False, clusters: bool = False
+) -> Tiling | None:
     """Return how to launch a linear layer for so many rows, whose result is pushed to other ranks or not.
 
-    `clusters` says that cluster can compute it: the GPU has them, and the layer has no bias.
+    `adds` says that a residual is added to it, with a norm behind that. `clusters` says that cluster can compute it:
+    the GPU has them, and the layer has no bias.
     None where separate kernels are to be used: they are faster, the rows too many, or k is not divisible by 8.
     """
     row_class = next((most for most in ROW_CLASSES if rows <= most), None)
@@ -151,11 +157,21 @@ def tiling_for(rows: int, n: int, k: int, *, gated: bool, push: bool = False, cl
     work = Work(row_class, n, k, gated)
     if push and work in PUSHED:
         return PUSHED[work]
-    if clusters:
+    if clusters and rows <= most_clustered_rows(adds=adds):
         tiling = CLUSTERED[work] if work in CLUSTERED else cluster_tiling(work)
         if tiling is not None:
             return tiling
+    if row_class in CLUSTERS_ONLY:
+        work = Work(128, n, k, gated)
     return MEASURED[work] if work in MEASURED else default_tiling(work)
+
+
+def most_clustered_rows(*, adds: bool) -> int:
+    """Return how many rows a layer in clusters may have: more if it adds, since a library needs a norm behind that.
+
+    (Of 112, 8B's o and down are faster in clusters, 14.4 and 31.2 us instead of 16.0 and 32.5, but its steps are not.)
+    """
+    return cluster_linear.MAX_ROWS if adds else 64
 
 
 def summing_tiling_for(rows: int, n: int, k: int) -> Tiling | None:
@@ -185,9 +201,9 @@ def cluster_tiling(work: Work) -> Tiling | None:
     four are the better also where there are more, two programs to a multiprocessor.
     """
     clusters = work.n // cluster_linear.FEATURES
-    if work.gated or work.n % cluster_linear.FEATURES or not 2 <= work.rows <= 64:
+    if work.gated or work.n % cluster_linear.FEATURES or not 2 <= work.rows <= cluster_linear.MAX_ROWS:
         return None
-    rows, slices = max(8, work.rows), 2
+    rows, slices = max(8, work.rows), 1 if work.rows > 64 else 2
     block_k = slices * SLICE
     for size, programs, at_a_time in ((4, 1, 120), (4, 2, 240), (2, 1, 132)):
         stages = min(cluster_linear.most_stages(rows, slices, programs), work.k // (size * block_k))

@@ -89,7 +89,7 @@ def test_every_tiling_fits(tmp_path: Path, size: str, ranks: int) -> None:
     """In shared memory, whether the model uses it or the sweep tries it; and squares in the registers of a thread."""
     layers = layers_of(f"{size}/{ranks}", tmp_path)
     for layer, rows in product(layers, ROW_CLASSES):
-        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, clusters=not layer.gated)
+        used = tiling_for(rows, layer.n, layer.k, gated=layer.gated, adds=layer.adds, clusters=not layer.gated)
         pushed = tiling_for(rows, layer.n, layer.k, gated=False, push=True, clusters=True) if not layer.gated else None
         for tiling in [used, pushed, *(variant.tiling for variant in variants_for(layer, rows))]:
             if tiling is not None and tiling.form == "ring":

@@ -80,8 +80,8 @@ def fused_launches() -> Iterator[None]:
     Tiles are as large as they may be there: it takes its time for each program. (More rows are for Gluon.)
     """
 
-    def tiling(rows: int, n: int, k: int, *, gated: bool, push: bool, clusters: bool) -> Tiling | None:
-        chosen = tiling_for(rows, n, k, gated=gated, push=push, clusters=clusters)
+    def tiling(rows: int, n: int, k: int, *, gated: bool, adds: bool, push: bool, clusters: bool) -> Tiling | None:
+        chosen = tiling_for(rows, n, k, gated=gated, adds=adds, push=push, clusters=clusters)
         return replace(chosen, block_n=64) if chosen is not None and chosen.form == "fma" else None
 
     with patch.object(linear, "_wants_small_linear", lambda x: True), patch.object(linear, "tiling_for", tiling):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers import Qwen3Config as HfConfig
 from transformers import Qwen3ForCausalLM as HfModel
 
+from model.kernels import cluster_linear, gated_linear, rows, small_linear
 from model.parallel import TensorParallel
 from tests.worker import gpu_rank
 from tests.worker.gpu_engine import MAX_LEN, generate, make_runner, make_scheduler, requests
@@ -103,6 +104,24 @@ def test_graphs_give_what_eager_steps_give_bit_for_bit(checkpoint: Path, tempera
         runner, shape = make_runner(checkpoint, cuda_graphs=cuda_graphs)
         outputs.append([generate(runner, shape, submits) for submits in batches])
     assert outputs[0] == outputs[1]
+
+
+def test_layers_fetch_whole_tiles(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not there take long to fetch (`model.kernels.rows`), so whoever makes rows leaves room behind."""
+    fetched: list[tuple[int, int, int]] = []
+
+    def whole_tiles(x: torch.Tensor, block_rows: int) -> torch.Tensor:
+        tiles = rows.whole_tiles(x, block_rows)
+        fetched.append((x.shape[0], block_rows, len(tiles)))
+        return tiles
+
+    for module in (small_linear, cluster_linear, gated_linear):
+        monkeypatch.setattr(module, "whole_tiles", whole_tiles)
+    runner, shape = make_runner(checkpoint, cuda_graphs=False)
+    for count, lengths in ((11, (2, 30)), (1, (40, 41)), (1, (70, 71)), (3, (45, 46))):
+        generate(runner, shape, requests(count, 0.0, lengths=lengths))
+    assert {number for number, *_ in fetched} >= {11, 40}
+    assert [tile for tile in fetched if tile[2] % tile[1]] == []
 
 
 def test_the_first_start_compiles_in_other_processes(checkpoint: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ CLUSTERS = [
     replace(CLUSTER, rows=32, splits=4, stages=18, block_rows=32),
     replace(CLUSTER, rows=64, block_k=128, splits=4, stages=6, block_rows=64),
     replace(CLUSTER, rows=64, stages=5, block_rows=64),
+    replace(CLUSTER, rows=80, stages=8, block_rows=80),
+    replace(CLUSTER, rows=96, splits=4, stages=3, block_rows=96),
 ]
 """In CUDA C++, for Hopper, without bias and gate."""
 
@@ -403,21 +405,25 @@ def sum_beside_one_another(
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "clusters", "form"),
+    ("rows", "n", "k", "adds", "clusters", "form"),
     [
-        (8, 1024, 3072, True, "cluster"),
-        (8, 1024, 3072, False, "ring"),
-        (8, 1024, 3080, True, "ring"),  # of which no number of whole tiles is made
-        (8, 1032, 3072, True, "ring"),
-        (8, 16384, 4096, True, "ring"),  # has a program for each multiprocessor without being split
-        (128, 1024, 3072, True, "ring"),
-        (1, 1024, 3072, True, "fma"),
+        (8, 1024, 3072, False, True, "cluster"),
+        (8, 1024, 3072, True, False, "ring"),
+        (8, 1024, 3080, True, True, "ring"),  # of which no number of whole tiles is made
+        (8, 1032, 3072, True, True, "ring"),
+        (8, 16384, 4096, True, True, "ring"),  # has a program for each multiprocessor without being split
+        (66, 1024, 3072, True, True, "ring"),
+        (66, 4096, 4096, True, True, "cluster"),
+        (66, 4096, 4096, False, True, "ring"),
+        (97, 4096, 4096, True, True, "ring"),
+        (1, 1024, 3072, True, True, "fma"),
     ],
 )
-def test_where_there_are_clusters(rows: int, n: int, k: int, clusters: bool, form: str) -> None:
-    tiling = tiling_for(rows, n, k, gated=False, clusters=clusters)
+def test_where_there_are_clusters(rows: int, n: int, k: int, adds: bool, clusters: bool, form: str) -> None:
+    tiling = tiling_for(rows, n, k, gated=False, adds=adds, clusters=clusters)
     assert tiling is not None
     assert tiling.form == form
+    assert rows <= tiling.rows
 
 
 @pytest.mark.gpu
