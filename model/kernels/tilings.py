@@ -169,7 +169,7 @@ def tiling_for(
 def most_clustered_rows(*, adds: bool) -> int:
     """Return how many rows a layer in clusters may have: more if it adds, since a library needs a norm behind that.
 
-    (Of 112, 8B's o and down are faster in clusters, 14.4 and 31.2 us instead of 16.0 and 32.5, but its steps are not.)
+    (Of 112, 8B's o and down are faster in clusters, 14.4 and 31.2 us instead of 14.6 and 32.5, but its steps are not.)
     """
     return cluster_linear.MAX_ROWS if adds else 64
 
