@@ -224,7 +224,8 @@ class Runner:
         beside = sorted({0, min(1, many - 1), many - 1})  # a chunk is a row too
         plans = [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in beside]
         # Tokens of prompts are rows too, of which there may be more than of decodes.
-        plans += [self._dead_plan(0, chunk_lens=(rows,)) for rows in ROW_CLASSES if many < rows <= longest]
+        more = sorted({min(rows, longest) for rows in ROW_CLASSES})
+        plans += [self._dead_plan(0, chunk_lens=(rows,)) for rows in more if rows > many]
         return plans + [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
 
     @torch.inference_mode()

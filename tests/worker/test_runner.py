@@ -10,6 +10,7 @@ import torch
 
 from model.attention.triton_backend import _FEW_PROGRAMS
 from model.config import Qwen3Config
+from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
 from worker.config import EngineConfig
 from worker.messages import SamplingParams, Submit, ids_to_bytes
@@ -22,7 +23,7 @@ from worker.shapes import _DECODE_ROWS, StepShape
 MAX_LEN, BLOCK, BLOCKS, SLOTS = 128, 16, 64, 8
 
 
-def make_runner(folder: Path, max_running: int = SLOTS) -> tuple[Runner, Scheduler]:
+def make_runner(folder: Path, max_running: int = SLOTS, max_batched_tokens: int = 64) -> tuple[Runner, Scheduler]:
     config = EngineConfig.model_validate(
         {
             "model": str(folder),
@@ -30,7 +31,7 @@ def make_runner(folder: Path, max_running: int = SLOTS) -> tuple[Runner, Schedul
             "num_blocks": BLOCKS,
             "max_model_len": MAX_LEN,
             "max_running": max_running,
-            "max_batched_tokens": 64,
+            "max_batched_tokens": max_batched_tokens,
             "block_size": BLOCK,
         }
     )
@@ -41,8 +42,8 @@ def make_runner(folder: Path, max_running: int = SLOTS) -> tuple[Runner, Schedul
         vocab_size=shape.vocab_size,
         max_model_len=MAX_LEN,
         max_running=max_running,
-        max_batched_tokens=64,
-        max_mixed_tokens=64,
+        max_batched_tokens=max_batched_tokens,
+        max_mixed_tokens=max_batched_tokens,
         block_size=BLOCK,
         num_blocks=BLOCKS,
         watermark_blocks=0,
@@ -121,6 +122,19 @@ def test_warming_up_takes_no_more_rows_than_may_run(tiny_checkpoint: Path, max_r
     plans = runner._dead_plans()
     assert max(plan.num_rows for plan in plans) == max_running
     assert {plan.is_decode for plan in plans} == {False, True}
+
+
+@pytest.mark.parametrize("max_running", [1, 6, 66])
+@pytest.mark.parametrize("max_batched_tokens", [64, 70, 100, 128])
+def test_warming_up_has_every_class_of_rows(tiny_checkpoint: Path, max_running: int, max_batched_tokens: int) -> None:
+    """A step of any number of tokens may come, and of each class kernels are its own."""
+    runner, _ = make_runner(tiny_checkpoint, min(max_running, max_batched_tokens), max_batched_tokens)
+    classes = {class_of(plan.num_tokens) for plan in runner._dead_plans()}
+    assert classes >= {class_of(tokens) for tokens in range(1, max_batched_tokens + 1)}
+
+
+def class_of(rows: int) -> int:
+    return next(most for most in ROW_CLASSES if rows <= most)
 
 
 def test_warming_up_loads_kernels_of_every_number_of_tokens(
