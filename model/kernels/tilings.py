@@ -128,8 +128,8 @@ CLUSTERED: Mapping[Work, Tiling | None] = MappingProxyType(
         Work(32, 4096, 2048): None,  # 8B/2 o: 5.8, else 5.9
         Work(64, 4096, 2048): None,  # 8B/2 o: 5.9, else 6.5
         Work(1, 4096, 6144): Tiling("cluster", 1, 64, 256, 4, 2, 6, 8),  # 8B/2 down: 12.0, else 12.9
-        **{Work(rows, 1024, 2048): None for rows in CLUSTERS_ONLY},  # 0.6B o: 6.0, else 4.5
-        **{Work(rows, 1024, 3072): None for rows in CLUSTERS_ONLY},  # 0.6B down: 7.3, else 5.8
+        **{Work(rows, 1024, 2048): None for rows in CLUSTERS_ONLY},  # 0.6B o: 4.5, else 6.0
+        **{Work(rows, 1024, 3072): None for rows in CLUSTERS_ONLY},  # 0.6B down: 5.8, else 7.3
     }
 )
 """Where layers without bias and gate have clusters cut otherwise than `cluster_tiling` says; None where something else
