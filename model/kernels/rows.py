@@ -18,6 +18,8 @@ def empty_rows(rows: int, *shape: int, like: torch.Tensor) -> torch.Tensor:
     room = rows
     if 0 < rows <= _MOST:
         room = max(_LEAST, 1 << (rows - 1).bit_length())
+        if room == 32:  # of which some layers have tiles of 64
+            room = 64
     return like.new_empty((room, *shape))[:rows]
 
 

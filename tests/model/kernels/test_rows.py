@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from model.kernels.embedding import embed_rms_norm_triton
 from model.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from model.kernels.rows import empty_rows, whole_tiles
 from model.kernels.runtime import triton
+from model.kernels.small_linear import Tiling
+from model.kernels.tilings import CLUSTERED, MEASURED, PUSHED, ROW_CLASSES, Work
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,17 @@ def test_tiles_of_few_rows_are_whole(rows: int, block_rows: int, whole: int) -> 
     tiles = whole_tiles(x, block_rows)
     assert tiles.shape == (whole, 24)
     assert tiles.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("table", [MEASURED, PUSHED, CLUSTERED], ids=["measured", "pushed", "clustered"])
+def test_every_tiling_has_whole_tiles(table: Mapping[Work, Tiling | None]) -> None:
+    tilings = [tiling for tiling in table.values() if tiling is not None and tiling.block_rows]
+    assert tilings
+    for tiling in tilings:
+        fewest = max(most for most in (0, *ROW_CLASSES) if most < tiling.rows) + 1
+        for rows in range(fewest, tiling.rows + 1):
+            tiles = whole_tiles(empty_rows(rows, 8, like=torch.empty(0)), tiling.block_rows)
+            assert len(tiles) % tiling.block_rows == 0, (tiling, rows)
 
 
 def test_nothing_is_read_past_the_memory_that_there_is() -> None:
