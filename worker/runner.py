@@ -220,12 +220,14 @@ class Runner:
         """
         many = self._runtime.max_running
         few = [rows for rows in ROW_CLASSES if rows < many]  # with kernels of their own
-        longest = min(self._runtime.max_batched_tokens, self._runtime.max_model_len)
+        longest = self._runtime.max_model_len
+        most = min(self._runtime.max_batched_tokens, many * longest)
         beside = sorted({0, min(1, many - 1), many - 1})  # a chunk is a row too
         plans = [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in beside]
         # Tokens of prompts are rows too, of which there may be more than of decodes.
-        more = sorted({min(rows, longest) for rows in ROW_CLASSES})
-        plans += [self._dead_plan(0, chunk_lens=(rows,)) for rows in more if rows > many]
+        for rows in sorted({min(rows, most) for rows in ROW_CLASSES if min(rows, most) > many}):
+            whole, rest = divmod(rows, longest)
+            plans.append(self._dead_plan(0, chunk_lens=[longest] * whole + [rest] * (rest > 0)))
         return plans + [self._dead_plan(decode_rows) for decode_rows in (*few, many)]
 
     @torch.inference_mode()

@@ -16,8 +16,9 @@ from model.kernels.small_linear import Tiling
 
 ROW_CLASSES = (1, 2, 8, 16, 32, 64, 80, 96, 128, 256)
 """Numbers of rows that have a tiling; in between, the next one counts, so that a padded batch has the same launch.
-(Not a short prompt: a graph of 64 tokens is the smallest that it is padded to. Fewer than 8 rows cost matrix units as
-much as 8.) 80 and 96 are for clusters only, others have 128."""
+(Not a step with a prompt: the smallest graphs that it is padded to have 64 and 128 tokens, so that of up to 32 tokens,
+or of 65 to 96, it may round otherwise in a graph than without. Fewer than 8 rows cost matrix units as much as 8.) 80
+and 96 are for clusters only, others have 128."""
 CLUSTERS_ONLY = (80, 96)
 
 

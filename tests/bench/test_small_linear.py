@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -72,6 +73,21 @@ def test_entries_of_clusters(us: dict[str, float], expected: dict[Work, Tiling |
     entries = dict(Result(ADDING, 8, cublas=8.0, separate=10.0, times=times).entries())
     assert entries.keys() <= {"CLUSTERED"}
     assert table_of(entries.get("CLUSTERED", "")) == expected
+
+
+@pytest.mark.parametrize(("us", "added"), [(3.8, True), (4.0, False)])
+def test_entries_of_rows_for_clusters_only(us: float, added: bool) -> None:
+    """Without clusters they have what 128 rows have, and nothing else, be it as fast as it may."""
+    work, other = Work(80, 1024, 3072), tiling_for(128, 1024, 3072, gated=False)
+    default = cluster_tiling(work)
+    assert default is not None
+    assert other is not None
+    cluster = Variant(replace(OTHER_CLUSTER.tiling, rows=80, block_rows=80))
+    ring = Variant(replace(FAST.tiling, rows=80))
+    times = {Variant(other): 4.0, cluster: us, Variant(default): 4.5, ring: 1.0}
+    entries = dict(Result(ADDING, 80, cublas=8.0, separate=10.0, times=times).entries())
+    assert table_of(entries["CLUSTERED"]) == {work: cluster.tiling if added else None}
+    assert entries.keys() == {"CLUSTERED"}
 
 
 def table_of(line: str) -> dict[object, object]:

@@ -23,13 +23,15 @@ from worker.shapes import _DECODE_ROWS, StepShape
 MAX_LEN, BLOCK, BLOCKS, SLOTS = 128, 16, 64, 8
 
 
-def make_runner(folder: Path, max_running: int = SLOTS, max_batched_tokens: int = 64) -> tuple[Runner, Scheduler]:
+def make_runner(
+    folder: Path, max_running: int = SLOTS, max_batched_tokens: int = 64, max_model_len: int = MAX_LEN
+) -> tuple[Runner, Scheduler]:
     config = EngineConfig.model_validate(
         {
             "model": str(folder),
             "device": "cpu",
             "num_blocks": BLOCKS,
-            "max_model_len": MAX_LEN,
+            "max_model_len": max_model_len,
             "max_running": max_running,
             "max_batched_tokens": max_batched_tokens,
             "block_size": BLOCK,
@@ -40,7 +42,7 @@ def make_runner(folder: Path, max_running: int = SLOTS, max_batched_tokens: int 
     runner = build_runner(config, shape, runtime, TensorParallel.single(), lambda what, done, total: None)
     limits = SchedulerLimits(
         vocab_size=shape.vocab_size,
-        max_model_len=MAX_LEN,
+        max_model_len=max_model_len,
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
         max_mixed_tokens=max_batched_tokens,
@@ -126,11 +128,18 @@ def test_warming_up_takes_no_more_rows_than_may_run(tiny_checkpoint: Path, max_r
 
 @pytest.mark.parametrize("max_running", [1, 6, 66])
 @pytest.mark.parametrize("max_batched_tokens", [64, 70, 100, 128])
-def test_warming_up_has_every_class_of_rows(tiny_checkpoint: Path, max_running: int, max_batched_tokens: int) -> None:
+@pytest.mark.parametrize("max_model_len", [16, 48, MAX_LEN])  # of several prompts there may be more tokens than of one
+def test_warming_up_has_every_class_of_rows(
+    tiny_checkpoint: Path, max_running: int, max_batched_tokens: int, max_model_len: int
+) -> None:
     """A step of any number of tokens may come, and of each class kernels are its own."""
-    runner, _ = make_runner(tiny_checkpoint, min(max_running, max_batched_tokens), max_batched_tokens)
-    classes = {class_of(plan.num_tokens) for plan in runner._dead_plans()}
-    assert classes >= {class_of(tokens) for tokens in range(1, max_batched_tokens + 1)}
+    max_running = min(max_running, max_batched_tokens)
+    runner, _ = make_runner(tiny_checkpoint, max_running, max_batched_tokens, max_model_len)
+    plans = runner._dead_plans()
+    most = min(max_batched_tokens, max_running * max_model_len)
+    assert {class_of(plan.num_tokens) for plan in plans} >= {class_of(tokens) for tokens in range(1, most + 1)}
+    assert all(len(plan.query_lens) <= max_running for plan in plans)
+    assert all(plan.max_query_len <= max_model_len for plan in plans)
 
 
 def class_of(rows: int) -> int:

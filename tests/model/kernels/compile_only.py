@@ -156,7 +156,7 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
     tables.admit_records(nobody.view(1, -1), nobody)
     # Of what is gone without something, a few: most kernels are the same.
     few = bool(unwanted()) or dtype is torch.float32
-    decodes = decodes or ((1, 4, 16, 32) if few else (1, 2, 8, 16, 32, 64, 80, 128, 256))
+    decodes = decodes or ((1, 4, 16, 32) if few else (1, 2, 8, 16, 32, 64, 80, 96, 128, 256))
     handover = Handover(num_places=4, num_words=4096, num_rows=SLOTS, device=CPU)
     for rows, chunks in (*((rows, 0) for rows in decodes), (5, 3), (8, 8)):
         tokens = 320 if chunks else rows
