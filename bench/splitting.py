@@ -1,10 +1,14 @@
 """How far decode attention should split rows on this GPU: `python -m bench.splitting --json out.json`.
 
-Every combination of `Splitting`'s five numbers is timed for every batch and context, as `bench.kernels` does it:
-launches over rotated inputs in a CUDA graph, the median of its replays. Combinations that give a workload the same
-launch are timed once. The last table tells, for each combination, how far it is behind the best one, workload by
-workload and in the geometric mean. With LIGHTQWEN_WITHOUT=pdl no launch begins before the last one has ended. One to
-two minutes for the defaults.
+Every combination of `Splitting`'s numbers is timed for every batch and context, as `bench.kernels` does it: launches
+over rotated inputs in a CUDA graph, the median of its replays. Combinations that give a workload the same launch are
+timed once. The last table tells, for each combination, how far it is behind the best one, workload by workload and in
+the geometric mean. One to two minutes for the defaults.
+
+Launches of attention that follow one another are not quite what a step has: with few units the next one begins where
+multiprocessors have nothing to do, so that short contexts look better with fewer and longer splits than they are. What
+is close here is to be measured in steps (`bench.profile`). With LIGHTQWEN_WITHOUT=pdl no launch begins before the last
+one has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -26,14 +30,13 @@ from bench.provenance import json_file, provenance
 from bench.shapes import share
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
 
-BATCHES = (1, 8, 32, 64, 128, 256)
-CONTEXTS = (128, 300, 1024, 8192)
-PROGRAMS = (264, 528)
-MIN_KEYS = (64, 128)
-MAX_WHOLE = (0, 256, 384, 512)
-LONG_KEYS = (256, 512, 1024)
-MAX_PROGRAMS = (264, 528, 1056)
-NUMBERS = "programs, min, whole, long, max"
+BATCHES = (1, 4, 7, 8, 12, 24, 64, 128)
+CONTEXTS = (300, 500, 1100, 2000, 8353)
+MIN_KEYS = (64, 128, 192, 256)
+TURN_KEYS = (100.0, 140.0, 200.0)
+MERGE_KEYS = (30.0, 56.0, 90.0)
+UNEVEN = (0.2, 0.3, 0.5)
+NUMBERS = "min, turn, merge, uneven"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,8 @@ def measure(
 
 def name_of(splitting: Splitting) -> str:
     mark = "*" if splitting == SPLITTING else ""
-    return "".join(f"{number:5}" for number in astuple(splitting)) + mark
+    numbers = (splitting.min_keys, splitting.turn_keys, splitting.merge_keys, splitting.uneven)
+    return "".join(f"{number:6g}" for number in numbers) + mark
 
 
 def summary(results: Sequence[Result], workloads: Sequence[Workload]) -> Iterator[str]:
@@ -102,19 +106,18 @@ def summary(results: Sequence[Result], workloads: Sequence[Workload]) -> Iterato
     def mean(splitting: Splitting) -> float:
         return math.exp(sum(map(math.log, behind[splitting].values())) / len(workloads))
 
-    yield f"{NUMBERS:32}{'mean':>7}" + "".join(f"{workload!s:>12}" for workload in workloads)
+    yield f"{NUMBERS:26}{'mean':>7}" + "".join(f"{workload!s:>12}" for workload in workloads)
     for splitting in sorted(behind, key=mean):
         percents = "".join(f"{behind[splitting][workload] - 1:12.0%}" for workload in workloads)
-        yield f"{name_of(splitting):32}{mean(splitting) - 1:7.1%}{percents}"
+        yield f"{name_of(splitting):26}{mean(splitting) - 1:7.1%}{percents}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def numbers(option: str, default: Sequence[int], what: str) -> None:
-        parser.add_argument(
-            option, nargs="+", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)"
-        )
+    def numbers(option: str, default: Sequence[float], what: str) -> None:
+        kind, about = type(default[0]), f"{what} (default: %(default)s)"
+        parser.add_argument(option, nargs="+", type=kind, default=default, metavar="N", help=about)
 
     parser.add_argument(
         "--size",
@@ -125,11 +128,10 @@ def main() -> int:
     )
     numbers("--batch", BATCHES, "rows")
     numbers("--context", CONTEXTS, "keys of each row")
-    numbers("--programs", PROGRAMS, "Splitting.programs")
     numbers("--min-keys", MIN_KEYS, "Splitting.min_keys")
-    numbers("--max-whole", MAX_WHOLE, "Splitting.max_whole")
-    numbers("--long-keys", LONG_KEYS, "Splitting.long_keys")
-    numbers("--max-programs", MAX_PROGRAMS, "Splitting.max_programs")
+    numbers("--turn-keys", TURN_KEYS, "Splitting.turn_keys")
+    numbers("--merge-keys", MERGE_KEYS, "Splitting.merge_keys")
+    numbers("--uneven", UNEVEN, "Splitting.uneven")
     parser.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
@@ -140,24 +142,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         shape = Shape.of(arguments.size, Path(folder))
     workloads = [Workload(*pair) for pair in product(arguments.batch, arguments.context)]
-    axes = (
-        arguments.programs,
-        arguments.min_keys,
-        arguments.max_whole,
-        arguments.long_keys,
-        arguments.max_programs,
-    )
+    axes = (arguments.min_keys, arguments.turn_keys, arguments.merge_keys, arguments.uneven)
     splittings = [
-        Splitting(programs=programs, min_keys=min_keys, max_whole=max_whole, long_keys=long, max_programs=most)
-        for programs, min_keys, max_whole, long, most in product(*axes)
-        if most > programs or long == max(arguments.long_keys)  # else it makes no difference
+        Splitting(min_keys=min_keys, turn_keys=turn, merge_keys=merge, uneven=uneven)
+        for min_keys, turn, merge, uneven in product(*axes)
     ]
-    print(f"{'batch x context':18}{NUMBERS:34}{'splits':>7}{'us':>9}{'TB/s':>7}")
+    print(f"{'batch x context':18}{NUMBERS:28}{'splits':>7}{'us':>9}{'TB/s':>7}")
     results = []
     for result in measure(shape, workloads, splittings, arguments.block_size):
         results.append(result)
         print(
-            f"{result.workload!s:18}{name_of(result.splitting):34}{result.splits:7}{result.us:9.2f}{result.tbps:7.2f}",
+            f"{result.workload!s:18}{name_of(result.splitting):28}{result.splits:7}{result.us:9.2f}{result.tbps:7.2f}",
             flush=True,
         )
     print(*summary(results, workloads), sep="\n")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from model.kernels.decode_attention import MERGED, TILE, streamed_decode, streams
+from model.kernels.decode_attention import MERGED, TILE, programs_at_a_time, streamed_decode, streams
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
 from model.kernels.prefill_attention import QUERIES, overlapped_prefill, overlaps
 from model.kernels.rope_kv import Projected
@@ -32,13 +32,18 @@ from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How far rows of one query are split. The defaults are what is best for `decode_attention` on an H200."""
+    """How far rows of one query are split: so that a launch is estimated to end soonest (`_split_len`).
 
-    programs: int = 264  # into so many programs, all rows together: two for each of a Hopper's 132 multiprocessors
-    min_keys: int = 64  # of a split: a shorter one costs more to merge than it saves
-    max_whole: int = 512  # rows of up to so many keys are not split at all
-    long_keys: int = 1024  # longer splits are split further, so that programs end together, ...
-    max_programs: int = 1056  # ... into so many programs
+    Times are in keys that a program attends to meanwhile, where all programs share the memory (some 30 ns each on an
+    H200). The defaults are what is best for steps with `decode_attention` there.
+    """
+
+    programs: int | None = None  # that take units; None: as many as the GPU runs at a time
+    min_keys: int = 192  # of a split
+    turn_keys: float = 140.0  # what it costs each program to take another unit, beside its keys
+    merge_keys: float = 56.0  # what it costs to merge a row's splits, for every `MERGED` of them
+    uneven: float = 0.3  # how much of a split programs wait for one another in the end, where units differ in length
+    max_units: int = 1056  # of rows that are split, beside one for each row and KV head
 
 
 SPLITTING = Splitting()
@@ -179,9 +184,9 @@ def plan_attention(
     splitting = splitting or SPLITTING
     rows, device = kv_lens.shape[0], kv_lens.device
     max_chunk_rows = rows if max_chunk_rows is None else min(max_chunk_rows, rows)
-    target = triton.cdiv(splitting.programs, num_kv_heads)
-    max_target = max(target, triton.cdiv(splitting.max_programs, num_kv_heads))
-    max_splits = rows + max_target
+    programs = splitting.programs or programs_at_a_time(device)
+    more_splits = triton.cdiv(splitting.max_units, num_kv_heads)
+    max_splits = rows + more_splits
     queries = _prefill_tiles(dtype)["QUERIES"]
     max_tiles = num_tokens // queries + max_chunk_rows if max_chunk_rows else 0
 
@@ -196,6 +201,7 @@ def plan_attention(
         arrivals=empty(rows, num_kv_heads),
         tickets=empty(2),
     )
+    all_rows = max(256, triton.next_power_of_2(rows))
     _plan_kernel[(2 if max_tiles else 1,)](
         query_starts,
         kv_lens,
@@ -209,18 +215,20 @@ def plan_attention(
         rows,
         max_splits,
         max_tiles,
-        target,
-        max_target,
+        programs,
+        more_splits,
         splitting.min_keys,
-        splitting.max_whole,
-        splitting.long_keys,
+        splitting.turn_keys,
+        splitting.merge_keys,
+        splitting.uneven,
         block_tables.stride(0),
         KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
-        ROWS=max(256, triton.next_power_of_2(rows)),
+        ROWS=all_rows,
         TILE=TILE,
+        MERGED=MERGED,
         QUERIES=queries,
-        num_warps=8,
+        num_warps=min(all_rows // 32, 32),
     )
     return plan
 
@@ -355,7 +363,7 @@ def _prefill_tiles(dtype: torch.dtype) -> dict[str, Any]:
 
 @jit_once(
     *("query_starts_ptr", "kv_lens_ptr", "tables_ptr", "num_rows", "max_splits", "max_tiles"),
-    *("target", "max_target", "min_keys", "max_whole", "long_keys"),
+    *("programs", "more_splits", "min_keys"),
 )
 def _plan_kernel(
     query_starts_ptr,  # [num_rows + 1] int32
@@ -370,16 +378,18 @@ def _plan_kernel(
     num_rows,
     max_splits,
     max_tiles,
-    target,  # splits of a KV head, beyond one for each row
-    max_target,
-    min_keys,
-    max_whole,
-    long_keys,
+    programs,
+    more_splits,  # at most, beside one for each row
+    min_keys,  # these and the next: `Splitting`
+    turn_keys,
+    merge_keys,
+    uneven,
     table_stride,
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    MERGED: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
     """Program 0 lists the splits of rows of one query, program 1 the tiles of the others.
@@ -394,12 +404,12 @@ def _plan_kernel(
     if tl.program_id(0) == 0:
         single = num_queries == 1
         kv_len = tl.where(single, tl.load(kv_lens_ptr + row, mask=is_row, other=0), 0)
-        num_keys = tl.sum(kv_len, axis=0)
-        split_len = tl.maximum(tl.minimum(tl.cdiv(num_keys, target), long_keys), min_keys)
-        split_len = tl.maximum(split_len, tl.cdiv(num_keys, max_target))
-        split_len = tl.cdiv(split_len, TILE) * TILE
+        split_len = _split_len(
+            *(kv_len, programs, more_splits, min_keys, turn_keys, merge_keys, uneven),
+            *(KV_HEADS, TILE, MERGED),
+        )
         # A row without keys has one split too: it writes the zeros.
-        count = tl.where(kv_len <= max_whole, 1, tl.maximum(tl.cdiv(kv_len, split_len), 1))
+        count = tl.maximum(tl.cdiv(kv_len, split_len), 1)
         num_splits = _list_firsts(tl.where(single, count, 0), row, is_row, split_firsts_ptr)
         for first in range(0, max_splits, WIDTH):
             split = first + tl.arange(0, WIDTH)
@@ -432,6 +442,49 @@ def _plan_kernel(
             tile = first + tl.arange(0, WIDTH)
             own_row = _rows_of(tile, tile_firsts_ptr, num_rows, WIDTH)
             tl.store(tile_rows_ptr + tile, tl.where(tile < num_tiles, own_row, -1), mask=tile < max_tiles)
+
+
+@jit
+def _split_len(
+    kv_len,  # [ROWS] int32, 0 where there is nothing to split
+    programs,
+    more_splits,
+    min_keys,
+    turn_keys,
+    merge_keys,
+    uneven,
+    KV_HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """Return of how many keys a split may be, at most: what is estimated to take the least time.
+
+    What is tried gives the longest row 1 to 16 splits, or more in steps. If all units are as long as the longest,
+    programs take them in turns, of which each lasts as long as one. Otherwise who ends first takes the next, so that
+    all work the same time, but for some of a unit in the end; and no less than their share of all keys. On top come
+    what each turn costs and what the longest row's merge does.
+    """
+    longest = tl.max(kv_len, axis=0)
+    number = tl.arange(0, 32)
+    step = tl.maximum(tl.cdiv(tl.cdiv(programs, KV_HEADS) - 16, 16), 1)
+    parts = tl.where(number < 16, number + 1, 16 + (number - 15) * step)
+    split_len = tl.cdiv(tl.maximum(tl.cdiv(longest, parts), min_keys), TILE) * TILE
+    # Quotients, rounded up, by a multiplication: half a key keeps them far enough from the next number.
+    wide_len = split_len.to(tl.float32)
+    inverse = 1 / wide_len
+    rounding = wide_len - 0.5
+    wide = kv_len.to(tl.float32)
+    # Each thread has one of the lengths that are tried, and many rows.
+    splits = tl.sum(tl.floor((wide[:, None] + rounding[None, :]) * inverse[None, :]), axis=0)
+    live = tl.min(splits, axis=0)  # rows that have keys: the longest length that is tried splits none
+    keys = tl.minimum(wide_len, longest.to(tl.float32))
+    turns = tl.floor((splits * KV_HEADS + (programs - 0.5)) / programs)
+    share = tl.sum(wide, axis=0) * KV_HEADS / programs
+    merges = tl.floor((longest + rounding) * inverse)
+    rounds = tl.where(merges > 1, tl.ceil(merges / MERGED), 0.0)
+    time = tl.maximum(tl.minimum(turns * keys, share + uneven * keys), share) + turn_keys * turns + merge_keys * rounds
+    time = tl.where(splits <= live + more_splits, time, float("inf"))
+    return tl.max(tl.where(time == tl.min(time, axis=0), split_len, 0), axis=0)
 
 
 @jit

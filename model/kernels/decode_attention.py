@@ -58,6 +58,12 @@ def streams(heads: int, head_dim: int, key_cache: torch.Tensor) -> bool:
     return fits and key_cache.dtype.itemsize == 2 and fetches_tiles(key_cache.device)
 
 
+def programs_at_a_time(device: torch.device) -> int:
+    """Return how many programs of `streamed_decode` a GPU runs; for a CPU, on which Triton's interpreter runs one after
+    the other, those of one multiprocessor."""
+    return _PROGRAMS * (multiprocessors(device) if device.type == "cuda" else 1)
+
+
 def streamed_decode(
     q: torch.Tensor,
     projected: Projected | None,
@@ -83,7 +89,7 @@ def streamed_decode(
     caches = (cache.view(-1, kv_heads * head_dim) for cache in (key_cache, value_cache))
     tiles = (tiles_of(cache, _PIECE, head_dim) for cache in caches)
     max_units = kv_heads * plan.splits.records.shape[0]
-    programs = _PROGRAMS * multiprocessors(q.device)
+    programs = programs_at_a_time(q.device)
     options = {"launch_pdl": True} if pdl else {}
     decode_kernel[(min(programs, max_units),)](
         q,

@@ -11,8 +11,10 @@ ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2 if ON_GPU else 2e-2}
 """Relative error against the exact result that a kernel may show, by the dtype of its inputs and outputs."""
-HOW_SPLIT = SPLITTING if ON_GPU else Splitting(programs=32, max_programs=32)
-"""How decode attention splits rows. A launch has as many programs as there may be splits: on a CPU those take long."""
+HOW_SPLIT = SPLITTING if ON_GPU else Splitting(programs=32, max_units=32)
+"""How decode attention splits rows. A launch has as many programs as there may be units: on a CPU those take long."""
+SPLIT_FAR = Splitting(programs=40, min_keys=64, turn_keys=0, merge_keys=0, max_units=40)
+"""In tiles, while there are programs for them."""
 MATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-3 if ON_GPU else 2e-2}
 """Relative error against a reference that rounds in the same places. Triton's interpreter truncates to bfloat16."""
 

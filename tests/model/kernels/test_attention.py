@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model.attention.triton_backend import TritonAttention
 from model.errors import ModelError
@@ -20,8 +24,9 @@ from model.kernels.attention import (
     paged_attention_triton,
     plan_attention,
 )
+from model.kernels.decode_attention import MERGED
 from model.kernels.runtime import is_hopper
-from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, TOLERANCE, poisoned, relative_error
+from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, SPLIT_FAR, TOLERANCE, poisoned, relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,11 +211,11 @@ def test_attention(
     check(implementation(batch), batch)
 
 
-@pytest.mark.parametrize("programs", [1, 8, 1000 if ON_GPU else 100])
-def test_decode_does_not_depend_on_how_keys_are_split(triton_device: torch.device, programs: int) -> None:
+@pytest.mark.parametrize("min_keys", [64, 128, 10_000])
+def test_decode_does_not_depend_on_how_keys_are_split(triton_device: torch.device, min_keys: int) -> None:
     batch = make_batch(DECODE_ROWS, device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=programs, min_keys=64, max_whole=0, max_programs=programs))
-    assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (programs > 1)
+    plan = plan_of(batch, splitting=replace(SPLIT_FAR, min_keys=min_keys))
+    assert (int(plan.splits.firsts[-1]) > len(DECODE_ROWS)) == (min_keys < 10_000)
     first = attend(batch, plan)
     check(first, batch)
     assert not plan.arrivals.any()  # the second launch finds the counters as the first one did
@@ -228,37 +233,86 @@ def test_merging_takes_any_number_of_splits(
     batch = make_batch(
         rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, device=triton_device
     )
-    plan = plan_of(batch, splitting=Splitting(programs=40, min_keys=64, max_whole=0, max_programs=40))
+    plan = plan_of(batch, splitting=SPLIT_FAR)
     assert plan.splits.firsts.tolist() == [0, num_splits, num_splits + 1]
     check(attend(batch, plan), batch)
 
 
-def test_short_rows_can_stay_whole(triton_device: torch.device) -> None:
-    batch = make_batch([(1, 192), (1, 193), (1, 0), (1, 20)], device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=20, min_keys=64, max_whole=192, max_programs=20))
-    assert plan.splits.firsts.tolist() == [0, 1, 5, 6, 7]
-    check(attend(batch, plan), batch)
+def splits_of(lens: Sequence[int], kv_heads: int, device: torch.device, splitting: Splitting) -> list[int]:
+    """Return how many splits a plan gives each row of one query."""
+    plan = plan_attention(
+        torch.arange(len(lens) + 1, dtype=torch.int32, device=device),
+        torch.tensor(lens, dtype=torch.int32, device=device),
+        torch.zeros((len(lens), -(-max(lens) // 64)), dtype=torch.int32, device=device),
+        block_size=64,
+        num_tokens=len(lens),
+        num_heads=kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=16,
+        dtype=torch.bfloat16,
+        max_chunk_rows=0,
+        splitting=splitting,
+    )
+    return plan.splits.firsts.diff().tolist()
 
 
 @pytest.mark.parametrize(
-    ("long_keys", "max_programs", "splits"), [(128, 16, [6, 2]), (128, 40, [8, 2]), (640, 40, [2, 1])]
+    ("rows", "kv_len", "splits"),
+    [
+        (1, 300, 1),
+        (8, 300, 1),
+        (64, 1100, 1),
+        (128, 1100, 1),
+        (16, 4200, 2),
+        (8, 8353, 4),
+        (4, 8353, 8),
+        (1, 32768, 32),
+    ],
 )
-def test_long_splits_are_split_further(
-    triton_device: torch.device, long_keys: int, max_programs: int, splits: list[int]
+def test_rows_are_split_as_is_the_fastest(triton_device: torch.device, rows: int, kv_len: int, splits: int) -> None:
+    """In steps of 0.6B and 8B, with 8 KV heads, on an H200, which runs 264 programs at a time."""
+    assert splits_of([kv_len] * rows, 8, triton_device, Splitting(programs=264)) == [splits] * rows
+
+
+@given(
+    data=st.data(), kv_heads=st.sampled_from([1, 2, 3, 8]), programs=st.integers(1, 300), max_units=st.integers(1, 400)
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_splits_are_those_that_are_estimated_to_be_the_fastest(
+    triton_device: torch.device, data: st.DataObject, kv_heads: int, programs: int, max_units: int
 ) -> None:
-    """1,280 keys in 2 splits of each of 2 KV heads, which would be 640 keys long: into no more than `max_programs`."""
-    batch = make_batch([(1, 1024), (1, 256)], heads=4, kv_heads=2, device=triton_device)
-    splitting = Splitting(programs=4, min_keys=64, max_whole=0, long_keys=long_keys, max_programs=max_programs)
-    plan = plan_of(batch, splitting=splitting)
-    assert plan.splits.firsts.diff().tolist() == splits
-    check(attend(batch, plan), batch)
+    longest = data.draw(st.sampled_from([300, 3000, 40_000]))
+    lens = data.draw(st.lists(st.integers(0, longest), min_size=1, max_size=20).filter(any))
+    splitting = Splitting(programs=programs, max_units=max_units)
+    counts = splits_of(lens, kv_heads, triton_device, splitting)
+    room = sum(map(bool, lens)) + -(-max_units // kv_heads)
+    step = max(-(-(-(-programs // kv_heads) - 16) // 16), 1)
+    tried = [*range(1, 17), *(16 + step * number for number in range(1, 17))]
+    lengths = {64 * -(-max(-(-max(lens) // parts), splitting.min_keys) // 64) for parts in tried}
+    best = min(
+        (estimate(lens, length, kv_heads, splitting), -length)
+        for length in lengths
+        if sum(-(-kv_len // length) for kv_len in lens) <= room
+    )
+    chosen = [length for length in lengths if [max(1, -(-kv_len // length)) for kv_len in lens] == counts]
+    assert min(estimate(lens, length, kv_heads, splitting) for length in chosen) <= best[0] * (1 + 1e-5)
+
+
+def estimate(lens: Sequence[int], length: int, kv_heads: int, splitting: Splitting) -> float:
+    """Reckon when a launch with splits of up to so many keys ends, as `Splitting` says."""
+    assert splitting.programs
+    units, keys = kv_heads * sum(-(-kv_len // length) for kv_len in lens), min(length, max(lens))
+    turns, share = math.ceil(units / splitting.programs), kv_heads * sum(lens) / splitting.programs
+    merges = math.ceil(max(lens) / length)
+    cost = splitting.turn_keys * turns + (splitting.merge_keys * math.ceil(merges / MERGED) if merges > 1 else 0)
+    return max(min(turns * keys, share + splitting.uneven * keys), share) + cost
 
 
 def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
     rows = [(1, 130), (1, 0), (17, 20), (0, 0), (1, 300), (33, 33), (2, 0), (1, 64), (0, 0)]
     batch = make_batch(rows, device=triton_device)
-    plan = plan_of(batch, splitting=Splitting(programs=6, min_keys=64, max_whole=0, max_programs=6))
-    # 494 keys in 3 parts a KV head, in whole tiles: 192 keys a split.
+    plan = plan_of(batch, splitting=Splitting(programs=6, turn_keys=0, merge_keys=0, max_units=6))
+    # 300 keys in 2 parts, in whole tiles: 192 keys a split.
     assert plan.splits.firsts.tolist() == [0, 1, 2, 2, 2, 4, 4, 4, 5, 5]
     assert plan.splits.records[:5, :6].tolist() == [
         # row, token, first key, end, the row's first split, its number of splits

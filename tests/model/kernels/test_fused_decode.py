@@ -11,14 +11,13 @@ from model.attention import triton_backend
 from model.kernels.attention import AttentionPlan, Splitting, paged_attention_torch, paged_decode_triton
 from model.kernels.norm import rms_norm
 from model.kernels.rope_kv import Projected, qk_norm_rope_store_torch
-from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, ON_HOPPER, TOLERANCE, relative_error
+from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, ON_HOPPER, SPLIT_FAR, TOLERANCE, relative_error
 from tests.model.kernels.test_attention import Batch, backend_for, make_batch, plan_of
 
 MAX_POSITIONS = 1200
 EPS = 1e-6
 ROWS = [1, 0, 16, 64, 65, *([130, 1025] if ON_GPU else [150])]
 """Lengths, the newest key included: it alone, none, and at the beginnings and ends of blocks and of tiles."""
-SPLIT = replace(HOW_SPLIT, programs=24, max_whole=0)
 
 # heads, kv_heads, head_dim, block_size. Heads of 128 in 16 bits, in blocks of 64 or its multiples, are another kernel's
 # on a Hopper.
@@ -69,7 +68,9 @@ def decode(batch: Batch, projected: Projected, splitting: Splitting = HOW_SPLIT)
     return paged_decode_triton(projected, batch.key_cache, batch.value_cache, batch.block_tables, batch.scale, plan)
 
 
-@pytest.mark.parametrize("splitting", [HOW_SPLIT, SPLIT, replace(SPLIT, min_keys=100)], ids=["whole", "split", "odd"])
+@pytest.mark.parametrize(
+    "splitting", [HOW_SPLIT, SPLIT_FAR, replace(SPLIT_FAR, min_keys=100)], ids=["few", "far", "odd"]
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if ON_GPU else torch.float16], ids=str)
 def test_equals_one_after_the_other(
@@ -179,7 +180,7 @@ def test_where_keys_stream_any_number_of_rows_is_fused(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 33, 34, 256])  # 264 units, of 33 rows, are one for each program
-@pytest.mark.parametrize("splitting", [HOW_SPLIT, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("splitting", [HOW_SPLIT, SPLIT_FAR], ids=["few", "far"])
 def test_layers_follow_one_another(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int, splitting: Splitting
 ) -> None:
