@@ -461,8 +461,8 @@ def _split_len(
 
     What is tried gives the longest row 1 to 16 splits, or more in steps. If all units are as long as the longest,
     programs take them in turns, of which each lasts as long as one. Otherwise who ends first takes the next, so that
-    all work the same time, but for some of a unit in the end; and no less than their share of all keys. On top come
-    what each turn costs and what the longest row's merge does.
+    each has its share of all keys, and waits for some of a unit in the end. On top come what each turn costs and what
+    the longest row's merge does.
     """
     longest = tl.max(kv_len, axis=0)
     number = tl.arange(0, 32)
@@ -482,7 +482,7 @@ def _split_len(
     share = tl.sum(wide, axis=0) * KV_HEADS / programs
     merges = tl.floor((longest + rounding) * inverse)
     rounds = tl.where(merges > 1, tl.ceil(merges / MERGED), 0.0)
-    time = tl.maximum(tl.minimum(turns * keys, share + uneven * keys), share) + turn_keys * turns + merge_keys * rounds
+    time = tl.minimum(turns * keys, share + uneven * keys) + turn_keys * turns + merge_keys * rounds
     time = tl.where(splits <= live + more_splits, time, float("inf"))
     return tl.max(tl.where(time == tl.min(time, axis=0), split_len, 0), axis=0)
 
