@@ -3,7 +3,7 @@
 Every combination of `Splitting`'s numbers is timed for every batch and context, as `bench.kernels` does it: launches
 over rotated inputs in a CUDA graph, the median of its replays. Combinations that give a workload the same launch are
 timed once. The last table tells, for each combination, how far it is behind the best one, workload by workload and in
-the geometric mean. One to two minutes for the defaults.
+the geometric mean.
 
 Launches of attention that follow one another are not quite what a step has: with few units the next one begins where
 multiprocessors have nothing to do, so that short contexts look better with fewer and longer splits than they are. What
