@@ -22,6 +22,11 @@ _MIXED_FLOPS = 4e13
 most 64 layers keeps the device busy for longer than most hosts take to launch it, 0.2 to 0.8 ms for 12 launches, so
 that padding would be a waste."""
 
+_WHOLE_TURNS = 33 * 256
+"""Tokens of a step at most where so long ones have no graph. So many tiles of 256 rows, times a number of tiles of
+features that 4 divides, as most products have, are whole turns of a Hopper's 132 multiprocessors; 8,192 tokens take as
+many turns, and leave most of them with nothing to do in the last one (docs/performance.md)."""
+
 _LEAST_MIXED_TOKENS = 1024
 """Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of
 as many takes any model some ten times as long as a step of few decodes, whose time grows with the weights as well."""
@@ -58,13 +63,14 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     device = _device(config, rank)
     on_gpu = device.type == "cuda"
     max_running = config.max_running or (256 if on_gpu else 64)
-    max_batched_tokens = config.max_batched_tokens or max(8192 if on_gpu else 1024, max_running)
-    if max_batched_tokens < max_running:
+    flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size  # attention and head left out
+    most = default_batched_tokens(flops_per_token) if on_gpu else 1024
+    batched = config.max_batched_tokens or max(most, max_running)
+    if batched < max_running:
         raise ConfigError(
-            f"max_batched_tokens={max_batched_tokens} is below max_running={max_running}: "
+            f"max_batched_tokens={batched} is below max_running={max_running}: "
             "a step must have room for one token of every running request"
         )
-    flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size  # attention and head left out
     captured = captured_tokens(flops_per_token)
     return RuntimeConfig(
         device=device,
@@ -72,14 +78,20 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
         attention_backend=resolve_backend(config.attention_backend, device),
         max_model_len=_max_model_len(config, checkpoint),
         max_running=max_running,
-        max_batched_tokens=max_batched_tokens,
-        max_mixed_tokens=max_mixed_tokens(config, max_batched_tokens, max_running, flops_per_token, on_gpu=on_gpu),
-        captured_tokens=tuple(tokens for tokens in captured if tokens <= max_batched_tokens),
+        max_batched_tokens=batched,
+        max_mixed_tokens=max_mixed_tokens(config, batched, max_running, flops_per_token, on_gpu=on_gpu),
+        captured_tokens=tuple(tokens for tokens in captured if tokens <= batched),
         block_size=config.block_size,
         cuda_graphs=config.cuda_graphs and on_gpu,
         run_ahead=config.run_ahead or (2 if on_gpu else 1),
         hang_timeout_s=config.hang_timeout_s or (60.0 if on_gpu else 600.0),
     )
+
+
+def default_batched_tokens(flops_per_token: float) -> int:
+    """Return how many tokens a step of a GPU may compute if nobody says."""
+    longest = _CAPTURED_TOKENS[-1]
+    return longest if longest in captured_tokens(flops_per_token) else _WHOLE_TURNS
 
 
 def captured_tokens(flops_per_token: float) -> tuple[int, ...]:

@@ -62,9 +62,12 @@ class SplitList:
 
 @dataclass(frozen=True, slots=True)
 class TileList:
-    """The tiles of rows of several queries; a row's follow one another."""
+    """The tiles of rows of several queries; a row's follow one another. Its last queries, which see the most keys, come
+    first, so that a launch does not end on them."""
 
-    rows: torch.Tensor  # [tiles] int32: the row; -1: nothing to do
+    records: torch.Tensor
+    """[tiles, 8] int32, as `SplitList.records`: row (-1: nothing to do), the row's first token, the tile's first query,
+    and the row's numbers of queries and of keys; the rest is undefined."""
     firsts: torch.Tensor  # [rows + 1] int32: each row's first tile, and behind the last the number of tiles
 
 
@@ -77,7 +80,7 @@ class AttentionPlan:
     partial_out: torch.Tensor  # [splits, heads, head_dim] float32
     partial_lse: torch.Tensor  # [splits, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
-    tickets: torch.Tensor  # [2] int32, zero between launches: of `decode_attention`
+    tickets: torch.Tensor  # [2] int32, zero between launches: of `decode_attention` and `prefill_attention`
 
 
 def paged_attention(
@@ -195,7 +198,7 @@ def plan_attention(
 
     plan = AttentionPlan(
         splits=SplitList(empty(max_splits, 8), empty(rows + 1)),
-        tiles=TileList(empty(max_tiles), empty(rows + 1)),
+        tiles=TileList(empty(max_tiles, 8), empty(rows + 1)),
         partial_out=empty(max_splits, num_heads, head_dim, of=torch.float32),
         partial_lse=empty(max_splits, num_heads, of=torch.float32),
         arrivals=empty(rows, num_kv_heads),
@@ -208,7 +211,7 @@ def plan_attention(
         block_tables,
         plan.splits.records,
         plan.splits.firsts,
-        plan.tiles.rows,
+        plan.tiles.records,
         plan.tiles.firsts,
         plan.arrivals,
         plan.tickets,
@@ -247,17 +250,17 @@ def paged_attention_triton(
     heads = q.shape[1]
     out = empty_rows(*q.shape, like=q) if out is None else out
     _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)
-    if plan.tiles.rows.shape[0]:
-        lists = (block_tables, query_starts, kv_lens, plan.tiles.rows, plan.tiles.firsts)
+    if len(plan.tiles.records):
         shape = _shape_of(out, key_cache)
         if overlaps(q, key_cache):
-            overlapped_prefill(q, key_cache, value_cache, *lists, out, scale / math.log(2))
+            overlapped_prefill(q, key_cache, value_cache, block_tables, plan, out, scale / math.log(2))
             return out
-        _prefill_kernel[(heads, plan.tiles.rows.shape[0])](
+        _prefill_kernel[(heads, len(plan.tiles.records))](
             q,
             key_cache,
             value_cache,
-            *lists,
+            block_tables,
+            plan.tiles.records,
             out,
             scale / math.log(2),
             block_tables.stride(0),
@@ -280,7 +283,7 @@ def paged_decode_triton(
     A row's position and the place of its newest key are known from its kv_len and its block table.
     """
     qkv = projected.qkv
-    assert not plan.tiles.rows.shape[0], "rows of several queries are not for this kernel"
+    assert not len(plan.tiles.records), "rows of several queries are not for this kernel"
     out = empty_rows(qkv.shape[0], projected.num_heads, projected.q_weight.shape[0], like=qkv)
     _launch_decode(qkv, projected, key_cache, value_cache, block_tables, scale, plan, out)
     return out
@@ -371,7 +374,7 @@ def _plan_kernel(
     tables_ptr,  # [num_rows, table_stride] int32
     records_ptr,  # [max_splits, 8] int32: `SplitList`
     split_firsts_ptr,  # [num_rows + 1] int32
-    tile_rows_ptr,  # [max_tiles] int32
+    tiles_ptr,  # [max_tiles, 8] int32: `TileList`
     tile_firsts_ptr,  # [num_rows + 1] int32
     arrivals_ptr,  # [num_rows, KV_HEADS] int32
     tickets_ptr,  # [2] int32
@@ -440,8 +443,18 @@ def _plan_kernel(
         num_tiles = _list_firsts(count, row, is_row, tile_firsts_ptr)
         for first in range(0, max_tiles, WIDTH):
             tile = first + tl.arange(0, WIDTH)
+            there = tile < num_tiles
             own_row = _rows_of(tile, tile_firsts_ptr, num_rows, WIDTH)
-            tl.store(tile_rows_ptr + tile, tl.where(tile < num_tiles, own_row, -1), mask=tile < max_tiles)
+            first_token = tl.load(query_starts_ptr + own_row, mask=there, other=0)
+            behind = tl.load(query_starts_ptr + own_row + 1, mask=there, other=0)
+            last_tile = tl.load(tile_firsts_ptr + own_row + 1, mask=there, other=0) - 1
+            record = tiles_ptr + tile * 8
+            listed = tile < max_tiles
+            tl.store(record, tl.where(there, own_row, -1), mask=listed)
+            tl.store(record + 1, first_token, mask=listed)
+            tl.store(record + 2, (last_tile - tile) * QUERIES, mask=listed)
+            tl.store(record + 3, behind - first_token, mask=listed)
+            tl.store(record + 4, tl.load(kv_lens_ptr + own_row, mask=there, other=0), mask=listed)
 
 
 @jit
@@ -783,16 +796,13 @@ def _cache_rows(table_ptr, start, kv_len, BLOCK_SIZE: tl.constexpr, TILE: tl.con
     return cache_rows
 
 
-@jit_once("tables_ptr", "query_starts_ptr", "kv_lens_ptr")
+@jit_once("tables_ptr")
 def _prefill_kernel(
     q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     key_ptr,  # [cache rows, KV_HEADS, HEAD_DIM]
     value_ptr,  # same
     tables_ptr,  # [rows, table_stride] int32
-    query_starts_ptr,  # [rows + 1] int32
-    kv_lens_ptr,  # [rows] int32
-    tile_rows_ptr,  # [tiles] int32
-    tile_firsts_ptr,  # [rows + 1] int32
+    tiles_ptr,  # [tiles, 8] int32: `TileList`
     out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     scale,  # of scores that are exponents of 2
     table_stride,
@@ -809,16 +819,14 @@ def _prefill_kernel(
     For what `model.kernels.prefill_attention` does not take.
     """
     head = tl.program_id(0)
-    tile = tl.program_id(1)
-    row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+    record = tiles_ptr + tl.program_id(1) * 8
+    row = tl.load(record).to(tl.int64)
     if row < 0:
         return
-    # The last queries see the most keys: start them first, so that the launch does not end on them.
-    first_query = (tl.load(tile_firsts_ptr + row + 1) - 1 - tile) * QUERIES
-    first_token = tl.load(query_starts_ptr + row).to(tl.int64)
-    num_queries = (tl.load(query_starts_ptr + row + 1) - first_token).to(tl.int32)
-
-    kv_len = tl.load(kv_lens_ptr + row)
+    first_token = tl.load(record + 1).to(tl.int64)
+    first_query = tl.load(record + 2)
+    num_queries = tl.load(record + 3)
+    kv_len = tl.load(record + 4)
     query = first_query + tl.arange(0, QUERIES)
     column = tl.arange(0, HEAD_BLOCK)
     q_mask = (query < num_queries)[:, None] & (column < HEAD_DIM)[None, :]

@@ -32,7 +32,17 @@ from model.kernels.runtime import (
     multiprocessors,
     triton,
 )
-from model.kernels.tiles import begin_dependents, copy_tile, products_layout, thread_barrier, tiles_of, wait
+from model.kernels.tiles import (
+    begin_dependents,
+    copy_tile,
+    hear,
+    products_layout,
+    queue_of_numbers,
+    tell,
+    thread_barrier,
+    tiles_of,
+    wait,
+)
 
 if TYPE_CHECKING:
     from model.kernels.attention import AttentionPlan
@@ -47,7 +57,6 @@ _PROGRAMS = 2  # that run on a multiprocessor at a time
 _PIECE = 16  # keys of a tile that are fetched at a time: of the last tile no more than these are fetched for nothing
 _FETCHED = constexpr(_PIECE)
 _QUEUED = 4  # units that the warps that attend have been told of, and have not begun
-_NUMBERS = constexpr(8)  # that tell of a unit: its own (-1: there is none), and those of its split's record
 MERGED = 8
 """Splits whose results a merge loads at a time."""
 
@@ -133,19 +142,6 @@ def _heads_layout(columns):
 
 
 @gluon_jit
-def _tell(number, slot, INDEX: gl.constexpr, units):
-    """Leave a number of a unit for the warps that attend, in one of the queue's places."""
-    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    units.index(slot * _NUMBERS + INDEX).store(gl.full([1], 0, gl.int32, WARP) + number)
-
-
-@gluon_jit
-def _hear(slot, INDEX: gl.constexpr, units):
-    WARPS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(units.index(slot * _NUMBERS + INDEX).load(WARPS), axis=0)
-
-
-@gluon_jit
 def _fetch(tiles, cache_row, column, memory, ready, wanted, TILE: gl.constexpr):
     """Ask for the keys, or values, of a tile, up to the `wanted`-th, which may lie behind it; and for a few more."""
     PIECES: gl.constexpr = TILE // _FETCHED
@@ -182,7 +178,7 @@ def _stream(
     tickets_ptr,
     table_stride,
     num_rows,
-    memories,  # keys, values: [STAGES, TILE, HEAD_DIM]; numbers of units: [QUEUED * _NUMBERS, 1] int32
+    memories,  # keys, values: [STAGES, TILE, HEAD_DIM]; numbers of units: -1 if there is none, and its split's record
     barriers,  # keys ready, values ready, keys free, values free: [STAGES, 1]; unit ready, unit free: [QUEUED, 1]
     KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -211,14 +207,14 @@ def _stream(
         row, token, begin, end, first_split, num_splits, kv_len, block = record
         column = unit % KV_HEADS * HEAD_DIM
         hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
-        _tell(unit, slot, 0, units)
-        _tell(row, slot, 1, units)
-        _tell(token, slot, 2, units)
-        _tell(begin, slot, 3, units)
-        _tell(end, slot, 4, units)
-        _tell(first_split, slot, 5, units)
-        _tell(num_splits, slot, 6, units)
-        _tell(kv_len, slot, 7, units)
+        tell(unit, slot, 0, units)
+        tell(row, slot, 1, units)
+        tell(token, slot, 2, units)
+        tell(begin, slot, 3, units)
+        tell(end, slot, 4, units)
+        tell(first_split, slot, 5, units)
+        tell(num_splits, slot, 6, units)
+        tell(kv_len, slot, 7, units)
         hopper.mbarrier.arrive(unit_ready.index(slot), count=1)
         slot += 1
         if slot == QUEUED:
@@ -245,7 +241,7 @@ def _stream(
             unit = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
         record = _load_record(records_ptr, unit // KV_HEADS, unit < num_units)
     hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
-    _tell(-1, slot, 0, units)  # that there is none
+    tell(-1, slot, 0, units)  # that there is none
     hopper.mbarrier.arrive(unit_ready.index(slot), count=1)
     if num_units > programs:
         wait(PDL)
@@ -345,17 +341,17 @@ def _attend(
     slot = 0
     slot_phase = 0
     hopper.mbarrier.wait(unit_ready.index(slot), slot_phase)
-    unit = _hear(slot, 0, units)
+    unit = hear(slot, 0, units)
     while unit >= 0:
         kv_head = unit % KV_HEADS
         split = unit // KV_HEADS
-        row = _hear(slot, 1, units)
-        token = _hear(slot, 2, units)
-        begin = _hear(slot, 3, units)
-        end = _hear(slot, 4, units)
-        first_split = _hear(slot, 5, units)
-        num_splits = _hear(slot, 6, units)
-        kv_len = _hear(slot, 7, units)
+        row = hear(slot, 1, units)
+        token = hear(slot, 2, units)
+        begin = hear(slot, 3, units)
+        end = hear(slot, 4, units)
+        first_split = hear(slot, 5, units)
+        num_splits = hear(slot, 6, units)
+        kv_len = hear(slot, 7, units)
         hopper.mbarrier.arrive(unit_free.index(slot), count=1)
         has_newest = (begin < end) & (end == kv_len)
         if RAW:
@@ -475,7 +471,7 @@ def _attend(
             slot = 0
             slot_phase ^= 1
         hopper.mbarrier.wait(unit_ready.index(slot), slot_phase)
-        unit = _hear(slot, 0, units)
+        unit = hear(slot, 0, units)
     wait(PDL)  # also without a unit
     begin_dependents(PDL)
 
@@ -591,7 +587,7 @@ def decode_kernel(
         hopper.mbarrier.init(values_ready.index(stage), count=1)
         hopper.mbarrier.init(keys_free.index(stage), count=1)
         hopper.mbarrier.init(values_free.index(stage), count=1)
-    units = gl.allocate_shared_memory(gl.int32, [QUEUED * _NUMBERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    units = queue_of_numbers(QUEUED)
     unit_ready = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
     unit_free = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
     for slot in gl.static_range(QUEUED):

@@ -1,9 +1,10 @@
 """Attention of prompts in Gluon, for Hopper: the matrix units multiply while exponentials are computed.
 
-A program has `QUERIES` queries of two heads that share keys and values, so that each tile of these is fetched once for
-both. Three groups of warps share its work: one asks for tiles, and each of the others attends with one head. While the
-matrix units multiply weights and values of one tile, the next tile's scores, already there, become weights; and while
-one head's scores become weights, the units are free for the other's. (So does FlashAttention-3, Shah et al. 2024.)
+A unit of work is `QUERIES` queries of two heads that share keys and values, so that each tile of these is fetched once
+for both. A launch has a program for each multiprocessor, which takes one unit after the other. Three groups of warps
+share its work: one asks for queries and tiles, of the next unit too, and each of the others attends with one head.
+While the matrix units multiply weights and values of one tile, the next tile's scores, already there, become weights,
+and the other head has the units meanwhile. (So does FlashAttention-3, Shah et al. 2024.)
 
 Barriers in shared memory tell when a tile has arrived, and when both heads are done with one, so that its place is
 free.
@@ -14,10 +15,24 @@ free.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from model.kernels.runtime import constexpr, fetches_tiles, gl, gluon_jit, gluon_jit_once, hopper, triton
-from model.kernels.tiles import copy_tile, products_layout, tiles_of
+from model.kernels.runtime import (
+    constexpr,
+    fetches_tiles,
+    gl,
+    gluon_jit,
+    gluon_jit_once,
+    hopper,
+    multiprocessors,
+    triton,
+)
+from model.kernels.tiles import copy_tile, hear, products_layout, queue_of_numbers, tell, tiles_of
+
+if TYPE_CHECKING:
+    from model.kernels.attention import AttentionPlan
 
 QUERIES = 64
 """Of a tile: as many as the matrix units take rows."""
@@ -36,31 +51,29 @@ def overlapped_prefill(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    kv_lens: torch.Tensor,
-    tile_rows: torch.Tensor,
-    tile_firsts: torch.Tensor,
+    plan: AttentionPlan,
     out: torch.Tensor,
     scale: float,
 ) -> None:
-    """Attend for the rows that `tile_rows` lists, in tiles of `QUERIES` queries (`attention.TileList`).
+    """Attend for the rows of several queries, in the plan's tiles, of `QUERIES` queries.
 
     Scores times `scale` are exponents of 2. The other arguments are those of `paged_attention`.
     """
-    _, block_size, kv_heads, head_dim = key_cache.shape
-    group = q.shape[1] // kv_heads
-    tiles = (tiles_of(cache.view(-1, kv_heads * head_dim), 64, head_dim) for cache in (key_cache, value_cache))
-    prefill_kernel[(kv_heads * triton.cdiv(group, 2), tile_rows.shape[0])](
-        q,
-        *tiles,
+    tokens, heads, head_dim = q.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    group = heads // kv_heads
+    pairs = kv_heads * triton.cdiv(group, 2)
+    prefill_kernel[(min(multiprocessors(q.device), pairs * len(plan.tiles.records)),)](
+        tiles_of(q.view(tokens, heads * head_dim), QUERIES, head_dim),
+        *(tiles_of(cache.view(-1, kv_heads * head_dim), 64, head_dim) for cache in (key_cache, value_cache)),
         block_tables,
-        query_starts,
-        kv_lens,
-        tile_rows,
-        tile_firsts,
+        plan.tiles.records,
+        plan.tiles.firsts,
+        plan.tickets,
         out,
         scale,
         block_tables.stride(0),
+        len(plan.tiles.firsts) - 1,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -68,6 +81,7 @@ def overlapped_prefill(
         QUERIES=QUERIES,
         TILE=128,
         STAGES=2,
+        QUEUED=2,
         num_warps=4,
     )
 
@@ -95,41 +109,117 @@ def _fetch(
 
 
 @gluon_jit
-def _fetch_all(
+def _load_record(records_ptr, tile, there):
+    """Return what `TileList` tells of a tile."""
+    record = records_ptr + tile * 8
+    row = gl.load(record, mask=there, other=0)
+    first_token = gl.load(record + 1, mask=there, other=0)
+    first_query = gl.load(record + 2, mask=there, other=0)
+    num_queries = gl.load(record + 3, mask=there, other=0)
+    kv_len = gl.load(record + 4, mask=there, other=0)
+    return row, first_token, first_query, num_queries, kv_len
+
+
+@gluon_jit
+def _keys_seen(first_query, num_queries, kv_len, QUERIES: gl.constexpr, TILE: gl.constexpr):
+    """Return the first query's position, the key behind the last one that any query sees, and in how many tiles."""
+    first_position = kv_len - num_queries + first_query
+    end = gl.minimum(first_position + QUERIES, kv_len)
+    return first_position, end, gl.maximum((end + TILE - 1) // TILE, 0)
+
+
+@gluon_jit
+def _stream(
+    q_tiles,
     key_tiles,
     value_tiles,
-    table_ptr,
-    kv_head,
-    kv_len,
-    num_tiles,
-    memories,  # keys, values: [STAGES, TILE, HEAD_DIM]
-    barriers,  # keys ready, values ready, keys free, values free: [STAGES, 1]
+    tables_ptr,
+    records_ptr,
+    tile_firsts_ptr,
+    tickets_ptr,
+    table_stride,
+    num_rows,
+    memories,  # queries: [2 * QUEUED, QUERIES, HEAD_DIM]; keys, values: [STAGES, TILE, HEAD_DIM]; numbers of units
+    barriers,  # unit told, queries ready, unit free: [QUEUED, 1]; keys and values ready, and free: [STAGES, 1]
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    QUERIES: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    QUEUED: gl.constexpr,
 ):
-    """What one group of warps does: ask for all tiles, each when its place is free."""
-    keys, values = memories
-    keys_ready, values_ready, keys_free, values_free = barriers
+    """What one warp does: take units, tell the others of them, and ask for queries and tiles, each when its place is
+    free. Which unit is next it learns while the one before is fetched, and what that is while this one is."""
+    queries, keys, values, units = memories
+    unit_told, queries_ready, unit_free, keys_ready, values_ready, keys_free, values_free = barriers
+    PAIRS: gl.constexpr = (
+        GROUP + 1
+    ) // 2  # of heads that share a KV head, the last one alone where their number is odd
+    programs = gl.num_programs(0)
     stage = 0
     phase = 1  # of what is free: at first all is
-    for number in range(num_tiles):
-        start = number * TILE
-        hopper.mbarrier.wait(keys_free.index(stage), phase)
-        _fetch(
-            *(key_tiles, table_ptr, kv_head, keys.index(stage), keys_ready.index(stage), start, kv_len),
-            *(HEAD_DIM, BLOCK_SIZE, TILE),
-        )
-        hopper.mbarrier.wait(values_free.index(stage), phase)
-        _fetch(
-            *(value_tiles, table_ptr, kv_head, values.index(stage), values_ready.index(stage), start, kv_len),
-            *(HEAD_DIM, BLOCK_SIZE, TILE),
-        )
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
+    slot = 0
+    slot_phase = 1
+    num_units = gl.load(tile_firsts_ptr + num_rows) * (KV_HEADS * PAIRS)
+    unit = gl.program_id(0)
+    record = _load_record(records_ptr, unit // (KV_HEADS * PAIRS), unit < num_units)
+    upcoming = num_units
+    if num_units > programs:
+        upcoming = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+    while unit < num_units:
+        next_record = _load_record(records_ptr, upcoming // (KV_HEADS * PAIRS), upcoming < num_units)
+        following = num_units
+        if upcoming < num_units:
+            following = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+        row, first_token, first_query, num_queries, kv_len = record
+        kv_head = unit // PAIRS % KV_HEADS
+        head = kv_head * GROUP + unit % PAIRS * 2
+        hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
+        tell(head, slot, 0, units)
+        tell(first_token, slot, 1, units)
+        tell(first_query, slot, 2, units)
+        tell(num_queries, slot, 3, units)
+        tell(kv_len, slot, 4, units)
+        hopper.mbarrier.arrive(unit_told.index(slot), count=1)
+        hopper.mbarrier.expect(queries_ready.index(slot), 2 * QUERIES * HEAD_DIM * 2)
+        for which in gl.static_range(2):
+            place = [first_token + first_query, (head + which) * HEAD_DIM]
+            copy_tile(q_tiles, place, queries_ready.index(slot), queries.index(slot * 2 + which))
+        slot += 1
+        if slot == QUEUED:
+            slot = 0
+            slot_phase ^= 1
+        _, _, num_tiles = _keys_seen(first_query, num_queries, kv_len, QUERIES, TILE)
+        table_ptr = tables_ptr + row.to(gl.int64) * table_stride
+        for number in range(num_tiles):
+            start = number * TILE
+            hopper.mbarrier.wait(keys_free.index(stage), phase)
+            _fetch(
+                *(key_tiles, table_ptr, kv_head, keys.index(stage), keys_ready.index(stage), start, kv_len),
+                *(HEAD_DIM, BLOCK_SIZE, TILE),
+            )
+            hopper.mbarrier.wait(values_free.index(stage), phase)
+            _fetch(
+                *(value_tiles, table_ptr, kv_head, values.index(stage), values_ready.index(stage), start, kv_len),
+                *(HEAD_DIM, BLOCK_SIZE, TILE),
+            )
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        unit = upcoming
+        record = next_record
+        upcoming = following
+    hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
+    tell(-1, slot, 0, units)  # that there is none
+    hopper.mbarrier.arrive(unit_told.index(slot), count=1)
+    if num_units > programs:
+        ended = gl.atomic_add(tickets_ptr + 1, 1, sem="acq_rel")
+        if ended == programs - 1:  # nobody takes any more
+            gl.store(tickets_ptr, 0)
+            gl.store(tickets_ptr + 1, 0)
 
 
 @gluon_jit
@@ -146,103 +236,126 @@ def _mask(scores, start, first_position, end, QUERIES: gl.constexpr, TILE: gl.co
 
 @gluon_jit
 def _attend(
-    q_ptr,
     out_ptr,
-    head,
-    num_queries,
-    place,  # which queries, where they stand in their row, and how many keys they see
     scale,
-    own_q,  # [QUERIES, HEAD_DIM]
-    memories,  # as in `_fetch_all`
+    memories,  # as in `_stream`
     barriers,
+    WHICH: gl.constexpr,  # of the two heads
     HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     QUERIES: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    QUEUED: gl.constexpr,
 ):
     """What each of the two other groups does: QUERIES queries of one head, over all the keys they see."""
-    first_token, first_query, first_position, end, num_tiles = place
-    keys, values = memories
-    keys_ready, values_ready, keys_free, values_free = barriers
+    queries, keys, values, units = memories
+    unit_told, queries_ready, unit_free, keys_ready, values_ready, keys_free, values_free = barriers
     SCORES: gl.constexpr = products_layout(TILE, 4)
     OUT: gl.constexpr = products_layout(HEAD_DIM, 4)
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    query = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, MEMORY))
-    column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MEMORY))
-    inside = (query < num_queries)[:, None] & (column < HEAD_DIM)[None, :]
-    offsets = ((first_token + query) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    own_q.store(gl.load(q_ptr + offsets, mask=inside, other=0.0))
-    hopper.fence_async_shared()
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
     nothing = gl.full([QUERIES, TILE], 0.0, gl.float32, SCORES)
-    acc = gl.full([QUERIES, HEAD_DIM], 0.0, gl.float32, OUT)
-    total = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-    if num_tiles > 0:
-        hopper.mbarrier.wait(keys_ready.index(0), 0)
-        scores = hopper.warpgroup_mma(own_q, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = hopper.warpgroup_mma_wait(0, deps=(scores,))
-        hopper.mbarrier.arrive(keys_free.index(0), count=1)
-        scores = _mask(scores, 0, first_position, end, QUERIES, TILE, SCORES)
-        highest = gl.max(scores, axis=1)
-        exponentials = gl.exp2(scores * scale - (highest * scale)[:, None])
-        total = gl.sum(exponentials, axis=1)
-        weights = gl.convert_layout(exponentials.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        stage = 0
-        phase = 0
-        for number in range(1, num_tiles):
-            before = stage
-            phase_before = phase
+    stage = 0
+    phase = 0
+    slot = 0
+    slot_phase = 0
+    hopper.mbarrier.wait(unit_told.index(slot), slot_phase)
+    head = hear(slot, 0, units)
+    while head >= 0:
+        place = (hear(slot, 2, units), hear(slot, 3, units), hear(slot, 4, units))
+        first_position, end, num_tiles = _keys_seen(*place, QUERIES, TILE)
+        own_q = queries.index(slot * 2 + WHICH)
+        hopper.mbarrier.wait(queries_ready.index(slot), slot_phase)
+        acc = gl.full([QUERIES, HEAD_DIM], 0.0, gl.float32, OUT)
+        total = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
+        if num_tiles > 0:
+            hopper.mbarrier.wait(keys_ready.index(stage), phase)
+            keys_here = keys.index(stage).permute((1, 0))
+            scores = hopper.warpgroup_mma(own_q, keys_here, nothing, use_acc=False, is_async=True)
+            scores = hopper.warpgroup_mma_wait(0, deps=(scores,))
+            hopper.mbarrier.arrive(keys_free.index(stage), count=1)
+            scores = _mask(scores, 0, first_position, end, QUERIES, TILE, SCORES)
+            highest = gl.max(scores, axis=1)
+            exponentials = gl.exp2(scores * scale - (highest * scale)[:, None])
+            total = gl.sum(exponentials, axis=1)
+            weights = gl.convert_layout(exponentials.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+            for number in range(1, num_tiles):
+                before = stage
+                phase_before = phase
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+                hopper.mbarrier.wait(keys_ready.index(stage), phase)
+                keys_here = keys.index(stage).permute((1, 0))
+                scores = hopper.warpgroup_mma(own_q, keys_here, nothing, use_acc=False, is_async=True)
+                hopper.mbarrier.wait(values_ready.index(before), phase_before)
+                acc = hopper.warpgroup_mma(weights, values.index(before), acc, is_async=True)
+                scores = hopper.warpgroup_mma_wait(1, deps=(scores,))
+                hopper.mbarrier.arrive(keys_free.index(stage), count=1)
+                scores = _mask(scores, number * TILE, first_position, end, QUERIES, TILE, SCORES)
+                new_highest = gl.maximum(highest, gl.max(scores, axis=1))
+                decay = gl.exp2((highest - new_highest) * scale)
+                exponentials = gl.exp2(scores * scale - (new_highest * scale)[:, None])
+                total = total * decay + gl.sum(exponentials, axis=1)
+                new_weights = gl.convert_layout(exponentials.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+                highest = new_highest
+                acc, weights = hopper.warpgroup_mma_wait(0, deps=(acc, weights))
+                hopper.mbarrier.arrive(values_free.index(before), count=1)
+                acc *= gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
+                weights = new_weights
+            hopper.mbarrier.wait(values_ready.index(stage), phase)
+            last = values.index(stage)
+            if num_tiles * TILE > end:
+                # What nobody sees may be anything, and 0 times that not 0. (The other head, which may be reading,
+                # writes the same: what is there, or the zeros that both need.)
+                key = (num_tiles - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, MEMORY))
+                last.store(gl.where((key < end)[:, None], last.load(MEMORY), 0.0))
+                hopper.fence_async_shared()
+            acc = hopper.warpgroup_mma(weights, last, acc, is_async=True)
+            acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+            hopper.mbarrier.arrive(values_free.index(stage), count=1)
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-            hopper.mbarrier.wait(keys_ready.index(stage), phase)
-            keys_here = keys.index(stage).permute((1, 0))
-            scores = hopper.warpgroup_mma(own_q, keys_here, nothing, use_acc=False, is_async=True)
-            hopper.mbarrier.wait(values_ready.index(before), phase_before)
-            acc = hopper.warpgroup_mma(weights, values.index(before), acc, is_async=True)
-            scores = hopper.warpgroup_mma_wait(1, deps=(scores,))
-            hopper.mbarrier.arrive(keys_free.index(stage), count=1)
-            scores = _mask(scores, number * TILE, first_position, end, QUERIES, TILE, SCORES)
-            new_highest = gl.maximum(highest, gl.max(scores, axis=1))
-            decay = gl.exp2((highest - new_highest) * scale)
-            exponentials = gl.exp2(scores * scale - (new_highest * scale)[:, None])
-            total = total * decay + gl.sum(exponentials, axis=1)
-            new_weights = gl.convert_layout(exponentials.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-            highest = new_highest
-            acc, weights = hopper.warpgroup_mma_wait(0, deps=(acc, weights))
-            hopper.mbarrier.arrive(values_free.index(before), count=1)
-            acc *= gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
-            weights = new_weights
-        hopper.mbarrier.wait(values_ready.index(stage), phase)
-        last = values.index(stage)
-        if num_tiles * TILE > end:
-            # What nobody sees may be anything, and 0 times that not 0. (The other head, which may be reading, writes
-            # the same: what is there, or the zeros that both need. Nothing is fetched into this place any more.)
-            key = (num_tiles - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, MEMORY))
-            last.store(gl.where((key < end)[:, None], last.load(MEMORY), 0.0))
-            hopper.fence_async_shared()
-        acc = hopper.warpgroup_mma(weights, last, acc, is_async=True)
-        acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-    total = gl.convert_layout(total, gl.SliceLayout(1, OUT))
-    result = gl.convert_layout((acc / gl.where(total > 0, total, 1.0)[:, None]).to(dtype), MEMORY)
-    gl.store(out_ptr + offsets, result, mask=inside)
+        # Heard here, since registers are scarce above.
+        first_token = hear(slot, 1, units)
+        first_query = hear(slot, 2, units)
+        num_queries = hear(slot, 3, units)
+        hopper.mbarrier.arrive(unit_free.index(slot), count=1)
+        slot += 1
+        if slot == QUEUED:
+            slot = 0
+            slot_phase ^= 1
+        query = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, MEMORY))
+        column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MEMORY))
+        # Where a group is odd, its last head is alone.
+        own_queries = gl.where(head % GROUP + WHICH < GROUP, num_queries, 0)
+        inside = (query < own_queries)[:, None] & (column < HEAD_DIM)[None, :]
+        offsets = ((first_token + query).to(gl.int64) * HEADS + head + WHICH)[:, None] * HEAD_DIM + column[None, :]
+        total = gl.convert_layout(total, gl.SliceLayout(1, OUT))
+        result = gl.convert_layout((acc / gl.where(total > 0, total, 1.0)[:, None]).to(dtype), MEMORY)
+        gl.store(out_ptr + offsets, result, mask=inside)
+        hopper.mbarrier.wait(unit_told.index(slot), slot_phase)
+        head = hear(slot, 0, units)
 
 
-@gluon_jit_once("query_starts_ptr", "kv_lens_ptr")
+@gluon_jit_once("num_rows")
 def prefill_kernel(
-    q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
+    q_tiles,  # descriptor of the queries, as [tokens, KV_HEADS * GROUP * HEAD_DIM] in tiles of QUERIES of one head
     key_tiles,  # descriptors of the cache, as [cache rows, KV_HEADS * HEAD_DIM] in tiles of 64 keys of one head
     value_tiles,
     tables_ptr,  # [rows, table_stride] int32
-    query_starts_ptr,  # [rows + 1] int32
-    kv_lens_ptr,  # [rows] int32
-    tile_rows_ptr,  # [tiles] int32
-    tile_firsts_ptr,  # [rows + 1] int32
+    records_ptr,  # [tiles, 8] int32: `TileList`
+    tile_firsts_ptr,  # [num_rows + 1] int32
+    tickets_ptr,  # [2] int32, zero before and after: units that were taken beside the first ones, programs that ended
     out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     scale,
     table_stride,
+    num_rows,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -250,32 +363,22 @@ def prefill_kernel(
     QUERIES: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    QUEUED: gl.constexpr,
 ):
-    """One program: QUERIES queries of two heads of one row; of the last one alone, where a group is odd."""
-    tile = gl.program_id(1)
-    row = gl.load(tile_rows_ptr + tile).to(gl.int64)
-    if row < 0:
-        return
-    # The last queries see the most keys: start them first, so that the launch does not end on them.
-    first_query = (gl.load(tile_firsts_ptr + row + 1) - 1 - tile) * QUERIES
-    first_token = gl.load(query_starts_ptr + row).to(gl.int64)
-    num_queries = (gl.load(query_starts_ptr + row + 1) - first_token).to(gl.int32)
-    kv_len = gl.load(kv_lens_ptr + row)
-    first_position = kv_len - num_queries + first_query
-    end = gl.minimum(first_position + QUERIES, kv_len)
-    num_tiles = (end + TILE - 1) // TILE
-    table_ptr = tables_ptr + row * table_stride
-    PAIRS: gl.constexpr = (GROUP + 1) // 2
+    """One program, which takes units as it comes to them."""
     HEADS: gl.constexpr = KV_HEADS * GROUP
-    kv_head = gl.program_id(0) // PAIRS
-    of_group = gl.program_id(0) % PAIRS * 2
-    head = kv_head * GROUP + of_group
-    queries_of_second = gl.where(of_group + 1 < GROUP, num_queries, 0)
-
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    q = gl.allocate_shared_memory(dtype, [2, QUERIES, HEAD_DIM], key_tiles.layout)
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    queries = gl.allocate_shared_memory(dtype, [2 * QUEUED, QUERIES, HEAD_DIM], q_tiles.layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], key_tiles.layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], value_tiles.layout)
+    units = queue_of_numbers(QUEUED)
+    unit_told = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
+    queries_ready = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
+    unit_free = gl.allocate_shared_memory(gl.int64, [QUEUED, 1], hopper.mbarrier.MBarrierLayout())
+    for slot in gl.static_range(QUEUED):
+        hopper.mbarrier.init(unit_told.index(slot), count=1)
+        hopper.mbarrier.init(queries_ready.index(slot), count=1)
+        hopper.mbarrier.init(unit_free.index(slot), count=2)  # both heads
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
@@ -283,69 +386,73 @@ def prefill_kernel(
     for stage in gl.static_range(STAGES):
         hopper.mbarrier.init(keys_ready.index(stage), count=1)
         hopper.mbarrier.init(values_ready.index(stage), count=1)
-        hopper.mbarrier.init(keys_free.index(stage), count=2)  # both heads
+        hopper.mbarrier.init(keys_free.index(stage), count=2)
         hopper.mbarrier.init(values_free.index(stage), count=2)
-    memories = (keys, values)
-    barriers = (keys_ready, values_ready, keys_free, values_free)
-    place = (first_token, first_query, first_position, end, num_tiles)
+    memories = (queries, keys, values, units)
+    barriers = (unit_told, queries_ready, unit_free, keys_ready, values_ready, keys_free, values_free)
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
             (
                 _attend,
                 (
-                    q_ptr,
                     out_ptr,
-                    head,
-                    num_queries,
-                    place,
                     scale,
-                    q.index(0),
                     memories,
                     barriers,
+                    FIRST,
                     HEADS,
+                    GROUP,
                     HEAD_DIM,
                     QUERIES,
                     TILE,
                     STAGES,
+                    QUEUED,
                 ),
             ),
             (
                 _attend,
                 (
-                    q_ptr,
                     out_ptr,
-                    head + 1,
-                    queries_of_second,
-                    place,
                     scale,
-                    q.index(1),
                     memories,
                     barriers,
+                    SECOND,
                     HEADS,
+                    GROUP,
                     HEAD_DIM,
                     QUERIES,
                     TILE,
                     STAGES,
+                    QUEUED,
                 ),
             ),
             (
-                _fetch_all,
+                _stream,
                 (
+                    q_tiles,
                     key_tiles,
                     value_tiles,
-                    table_ptr,
-                    kv_head,
-                    kv_len,
-                    num_tiles,
+                    tables_ptr,
+                    records_ptr,
+                    tile_firsts_ptr,
+                    tickets_ptr,
+                    table_stride,
+                    num_rows,
                     memories,
                     barriers,
+                    KV_HEADS,
+                    GROUP,
                     HEAD_DIM,
                     BLOCK_SIZE,
+                    QUERIES,
                     TILE,
                     STAGES,
+                    QUEUED,
                 ),
             ),
         ],
-        [4, 4],  # warps, beside the kernel's own four
-        [232, 24],  # registers of a thread
+        [4, 1],  # warps, beside the kernel's own four
+        [232, 40],  # registers of a thread
     )

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from model.kernels.runtime import gl, gluon_constexpr, gluon_jit, hopper
+from model.kernels.runtime import constexpr, gl, gluon_constexpr, gluon_jit, hopper
 
 # Triton 3.9 has other names than 3.6.
 copy_tile: Any = hopper and (getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared)
 thread_barrier: Any = gl and getattr(gl, "barrier", getattr(gl, "thread_barrier", None))
+
+
+_NUMBERS = constexpr(8)  # of a place in a queue
 
 
 def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
@@ -29,6 +32,26 @@ def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
 def products_layout(columns, warps):
     """Return which thread has which sum of products: warps share the rows of the left operand."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
+
+
+@gluon_jit
+def queue_of_numbers(PLACES: gl.constexpr):
+    """Return shared memory in which one warp leaves up to eight numbers in each of several places, for other warps."""
+    return gl.allocate_shared_memory(gl.int32, [PLACES * _NUMBERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon_jit
+def tell(number, place, INDEX: gl.constexpr, queue):
+    """Leave one number, as one warp."""
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    queue.index(place * _NUMBERS + INDEX).store(gl.full([1], 0, gl.int32, WARP) + number)
+
+
+@gluon_jit
+def hear(place, INDEX: gl.constexpr, queue):
+    """Return one number, as four warps."""
+    WARPS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(queue.index(place * _NUMBERS + INDEX).load(WARPS), axis=0)
 
 
 @gluon_jit

@@ -18,7 +18,7 @@ from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, SupervisorEnd
 from worker.endpoint import private_endpoint
 from worker.rank import run_rank
-from worker.runtime import captured_tokens, max_mixed_tokens
+from worker.runtime import captured_tokens, default_batched_tokens, max_mixed_tokens
 
 
 def reason_of(config: EngineConfig) -> str:
@@ -140,23 +140,25 @@ def test_weights_that_do_not_fit(config: EngineConfig, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("size", "ranks", "captured", "mixed"),
+    ("size", "ranks", "captured", "mixed", "batched"),
     [
-        ("0.6B", 1, 8192, 8192),
-        ("1.7B", 1, 8192, 8192),
-        ("8B", 2, 4096, 4096),
-        ("8B", 1, 2048, 2048),
-        ("32B", 4, 2048, 2048),
-        ("32B", 2, 1280, 1280),
-        ("32B", 1, 640, 1024),
+        ("0.6B", 1, 8192, 8192, 8192),
+        ("1.7B", 1, 8192, 8192, 8192),
+        ("8B", 2, 4096, 4096, 8448),
+        ("8B", 1, 2048, 2048, 8448),
+        ("32B", 4, 2048, 2048, 8448),
+        ("32B", 2, 1280, 1280, 8448),
+        ("32B", 1, 640, 1024, 8448),
     ],
 )
 def test_large_models_have_room_for_prompts_beside_decodes(
-    config: EngineConfig, tmp_path: Path, size: str, ranks: int, captured: int, mixed: int
+    config: EngineConfig, tmp_path: Path, size: str, ranks: int, captured: int, mixed: int, batched: int
 ) -> None:
-    """And but for the largest ones' such a step has a graph."""
+    """And but for the largest ones' such a step has a graph; one of prompts alone has it, or whole turns of tiles."""
     shape = Qwen3Config.from_folder(write_config(size, tmp_path))
     flops = 2 * shape.layer_parameters / ranks
     assert max(captured_tokens(flops)) == captured
+    assert default_batched_tokens(flops) == batched
+    assert batched in captured_tokens(flops) or batched % (33 * 256) == 0
     assert max_mixed_tokens(changed(config, max_batched_tokens=None), 8192, 256, flops, on_gpu=True) == mixed
     assert max_mixed_tokens(changed(config, max_batched_tokens=None), 5000, 256, flops, on_gpu=True) == min(mixed, 5000)

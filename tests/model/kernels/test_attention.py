@@ -26,7 +26,15 @@ from model.kernels.attention import (
 )
 from model.kernels.decode_attention import MERGED
 from model.kernels.runtime import is_hopper
-from tests.model.kernels.comparing import HOW_SPLIT, ON_GPU, SPLIT_FAR, TOLERANCE, poisoned, relative_error
+from tests.model.kernels.comparing import (
+    HOW_SPLIT,
+    ON_GPU,
+    ON_HOPPER,
+    SPLIT_FAR,
+    TOLERANCE,
+    poisoned,
+    relative_error,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,8 +362,16 @@ def test_plan_lists_every_unit_once(triton_device: torch.device) -> None:
     assert (plan.splits.records[5:, 0] == -1).all()
     assert (plan.splits.records[5:, 2] >= plan.splits.records[5:, 3]).all()  # no keys, and so nothing is read
     assert plan.tiles.firsts.tolist() == [0, 0, 0, 2, 2, 2, 5, 6, 6, 6]
-    assert plan.tiles.rows[:6].tolist() == [2, 2, 5, 5, 5, 6]
-    assert (plan.tiles.rows[6:] == -1).all()
+    assert plan.tiles.records[:6, :5].tolist() == [
+        # row, its first token, the tile's first query, the row's numbers of queries and of keys
+        [2, 2, 16, 17, 20],
+        [2, 2, 0, 17, 20],
+        [5, 20, 32, 33, 33],
+        [5, 20, 16, 33, 33],
+        [5, 20, 0, 33, 33],
+        [6, 53, 0, 2, 0],
+    ]
+    assert (plan.tiles.records[6:, 0] == -1).all()
 
 
 def test_many_rows(triton_device: torch.device) -> None:
@@ -385,6 +401,22 @@ def test_padding_changes_nothing(triton_device: torch.device) -> None:
     out = attend(padded, plan_of(padded, num_tokens=512, max_chunk_rows=2))
     assert torch.equal(out, attend(alone))
     check(out, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="programs take several units on a Hopper")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (8, 1), (5, 1), (3, 3)])
+def test_programs_take_one_unit_after_the_other(triton_device: torch.device, heads: int, kv_heads: int) -> None:
+    """Some 200 to 1,600 units, with decodes and dead rows between; each launch puts the tickets back."""
+    rows = [(1, 500) if n % 5 == 1 else (0, 0) if n % 5 == 3 else (1 + n * 97 % 700, 700 + n % 3) for n in range(60)]
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": 128, "block_size": 64}
+    batch = make_batch(rows, **shape, dtype=torch.bfloat16, device=triton_device)
+    plan = plan_of(batch)
+    first = attend(batch, plan)
+    check(first, batch)
+    for _ in range(3):
+        assert not plan.tickets.any()
+        assert torch.equal(attend(batch, plan), first)
 
 
 def test_reference_takes_small_blocks() -> None:
