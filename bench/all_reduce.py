@@ -30,7 +30,7 @@ from bench.provenance import json_file, provenance
 from model.kernels.norm import add_rms_norm, rms_norm_torch
 from model.peer_sums import MAX_PROGRAMS, MAX_SUM_BYTES, Limits, PeerSums, Place, obstacle
 
-ROWS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROWS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8448)
 WIDTHS = (4096, 5120)  # hidden sizes of 8B, and of 14B and 32B
 DTYPE = torch.bfloat16
 CALLS, REPLAYS = 50, 20

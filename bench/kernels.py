@@ -38,7 +38,7 @@ from model.kernels.rope_kv import Projected, qk_norm_rope_store
 from model.sampler import SamplingTables, sample
 
 BATCHES = (1, 8, 64, 256)
-GATED_ROWS = (8, 64, 128, 192, 256, 512, 768, 1024, 2048, 8192)
+GATED_ROWS = (8, 64, 128, 192, 256, 512, 768, 1024, 2048, 8192, 8448)
 CONTEXTS = (300, 1024, 8192)
 PREFILLS = ((16, 512), (4, 4096))
 ROTATED_BYTES = 256 << 20  # inputs to go through before one is used again: several times an H200's 60 MB of L2
@@ -224,7 +224,7 @@ def make_attention(
             eps=EPS,
         )
         return lambda: paged_decode_triton(projected, key_cache, value_cache, tables, head_dim**-0.5, plan)
-    return lambda: paged_attention_triton(q, key_cache, value_cache, tables, starts, kv_lens, head_dim**-0.5, plan)
+    return lambda: paged_attention_triton(q, key_cache, value_cache, tables, head_dim**-0.5, plan)
 
 
 def decode_attention_case(

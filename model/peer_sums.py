@@ -31,9 +31,8 @@ from model.kernels.peer_logits import Parts
 from model.kernels.peer_sum import EMPTY, OneShot, Push, TwoShots, Way, peer_sum, peer_sum_add_rms_norm
 from model.peer_logits import MAX_LOGITS_BYTES, PeerLogits
 
-MAX_SUM_BYTES = 84 << 20
-"""The largest summand of a rank that is added up here: 8,448 rows of 5,120 in 16 bits, and a few more. The rest is
-NCCL's.
+MAX_SUM_BYTES = 8448 * 5120 * 2
+"""The largest summand of a rank that is added up here: so many rows of 5,120 in 16 bits. The rest is NCCL's.
 
 The bound is on the memory: with two ranks three times as much is allocated as the largest step's summands need, with
 more twice as much.

@@ -48,7 +48,7 @@ class EngineConfig(BaseModel):
     """Requests computed at the same time (slots). Default: 256 on CUDA, 64 on the CPU."""
     max_batched_tokens: int | None = Field(None, ge=16)
     """Tokens of one step at most; longer prompts are prefilled in chunks. Default: 8192 on CUDA, 8448 of models of
-    which so many take longer than 60 ms, 1024 on the CPU."""
+    which 8192 take longer than 60 ms, 1024 on the CPU."""
     max_mixed_tokens: int | None = Field(None, ge=16)
     """The same for steps in which requests decode: their next token waits for the whole step. Default on CUDA: what a
     rank computes in some 60 ms of a Hopper GPU, and no fewer than 1024, within --max-batched-tokens; on the CPU:

@@ -23,9 +23,9 @@ most 64 layers keeps the device busy for longer than most hosts take to launch i
 that padding would be a waste."""
 
 _WHOLE_TURNS = 33 * 256
-"""Tokens of a step at most where so long ones have no graph. So many tiles of 256 rows, times a number of tiles of
-features that 4 divides, as most products have, are whole turns of a Hopper's 132 multiprocessors; 8,192 tokens take as
-many turns, and leave most of them with nothing to do in the last one (docs/performance.md)."""
+"""Tokens of a step at most where steps of 8,192 have no graph. So many tiles of 256 rows, times a number of tiles of
+features that 4 divides, as all of 8B's products have, are whole turns of a Hopper's 132 multiprocessors. 8,192 tokens
+take as many, with some multiprocessors idle in the last one; in gate and up, nearly all (docs/performance.md)."""
 
 _LEAST_MIXED_TOKENS = 1024
 """Of large models too, of which prompts would else have but the place that `max_running` decodes leave them. A step of

@@ -112,8 +112,6 @@ class FlashAttention:
             key_cache,
             value_cache,
             inputs.block_tables[:decodes],
-            inputs.query_starts[: decodes + 1],
-            inputs.kv_lens[:decodes],
             self._scale,
             inputs.attention_plan,
             out[:decodes],

@@ -66,14 +66,7 @@ class TritonAttention:
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim]; zeros for dead rows. Tokens of no row are undefined."""
         return paged_attention_triton(
-            q,
-            key_cache,
-            value_cache,
-            inputs.block_tables,
-            inputs.query_starts,
-            inputs.kv_lens,
-            self._scale,
-            inputs.attention_plan,
+            q, key_cache, value_cache, inputs.block_tables, self._scale, inputs.attention_plan
         )
 
     def decode(

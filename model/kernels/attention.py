@@ -104,9 +104,8 @@ def paged_attention(
     `max_chunk_rows` rows have more than one query (default: any number). Writes into `out` [tokens, heads, head_dim]
     where it is given, and returns it; tokens that belong to no row are left as `out` has them.
     """
-    tensors = (q, key_cache, value_cache, block_tables, query_starts, kv_lens)
     if not use_triton(q):
-        return paged_attention_torch(*tensors, scale, out)
+        return paged_attention_torch(q, key_cache, value_cache, block_tables, query_starts, kv_lens, scale, out)
     plan = plan_attention(
         query_starts,
         kv_lens,
@@ -119,7 +118,7 @@ def paged_attention(
         dtype=q.dtype,
         max_chunk_rows=max_chunk_rows,
     )
-    return paged_attention_triton(*tensors, scale, plan, out)
+    return paged_attention_triton(q, key_cache, value_cache, block_tables, scale, plan, out)
 
 
 def paged_attention_torch(
@@ -178,6 +177,9 @@ def plan_attention(
     splitting: Splitting | None = None,
 ) -> AttentionPlan:
     """Divide a step's attention into splits and tiles; the arguments are those of `paged_attention`. Triton only.
+
+    Rows have no more than `num_tokens` queries together, and no more than `max_chunk_rows` of them several: the lists
+    have no room for more.
 
     Rows are split as `splitting` says, by default as `SPLITTING`.
 
@@ -241,12 +243,11 @@ def paged_attention_triton(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    kv_lens: torch.Tensor,
     scale: float,
     plan: AttentionPlan,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """As `paged_attention`, for the rows and lengths that `plan` was made of."""
     heads = q.shape[1]
     out = empty_rows(*q.shape, like=q) if out is None else out
     _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)

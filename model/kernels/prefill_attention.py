@@ -3,11 +3,11 @@
 A unit of work is `QUERIES` queries of two heads that share keys and values, so that each tile of these is fetched once
 for both. A launch has a program for each multiprocessor, which takes one unit after the other. Three groups of warps
 share its work: one asks for queries and tiles, of the next unit too, and each of the others attends with one head.
-While the matrix units multiply weights and values of one tile, the next tile's scores, already there, become weights,
-and the other head has the units meanwhile. (So does FlashAttention-3, Shah et al. 2024.)
+While the matrix units multiply weights and values of one tile, the next tile's scores, already there, become weights;
+and what one head leaves of the units' time the other has. (So does FlashAttention-3, Shah et al. 2024.)
 
-Barriers in shared memory tell when a tile has arrived, and when both heads are done with one, so that its place is
-free.
+Barriers in shared memory tell of the next unit, when its queries or a tile have arrived, and when both heads are done
+with one, so that its place is free.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -151,12 +151,11 @@ def _stream(
     QUEUED: gl.constexpr,
 ):
     """What one warp does: take units, tell the others of them, and ask for queries and tiles, each when its place is
-    free. Which unit is next it learns while the one before is fetched, and what that is while this one is."""
+    free. Which unit is next but one it asks for before a unit's tiles, so that it knows where the next one is."""
     queries, keys, values, units = memories
     unit_told, queries_ready, unit_free, keys_ready, values_ready, keys_free, values_free = barriers
-    PAIRS: gl.constexpr = (
-        GROUP + 1
-    ) // 2  # of heads that share a KV head, the last one alone where their number is odd
+    # Of heads that share a KV head; the last one is alone where their number is odd.
+    PAIRS: gl.constexpr = (GROUP + 1) // 2
     programs = gl.num_programs(0)
     stage = 0
     phase = 1  # of what is free: at first all is

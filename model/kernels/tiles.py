@@ -1,5 +1,5 @@
-"""What kernels in Gluon share: tiles that a tensor memory accelerator brings, what matrix units leave, and dependent
-launches."""
+"""What kernels in Gluon share: tiles that a tensor memory accelerator brings, what matrix units leave, numbers that
+warps tell one another, and dependent launches."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (As in the other kernel modules.)

@@ -152,7 +152,7 @@ def backend_for(batch: Batch) -> TritonAttention:
 def attend(batch: Batch, plan: AttentionPlan | None = None) -> torch.Tensor:
     """By the kernels, into an output that is poisoned first."""
     out = torch.full_like(batch.q, torch.nan)
-    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables, batch.query_starts, batch.kv_lens)
+    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables)
     assert paged_attention_triton(*tensors, batch.scale, plan or plan_of(batch), out) is out
     return out
 
@@ -386,6 +386,19 @@ def test_many_rows(triton_device: torch.device) -> None:
         check(attend(batch, plan), batch)
 
 
+def test_many_tiles(triton_device: torch.device) -> None:
+    """More than a pass of the plan holds: three of each second row, of 16 queries."""
+    rows = [(33, 40) if row % 2 else (1, 5) for row in range(500)]
+    batch = make_batch(rows, heads=2, kv_heads=1, head_dim=16, device=triton_device)
+    tiles = plan_of(batch).tiles
+    records = tiles.records[:, :5].tolist()
+    assert tiles.firsts.tolist() == [row // 2 * 3 for row in range(501)]
+    assert records[:750] == [
+        [row, row // 2 * 34 + 1, first, 33, 40] for row in range(1, 500, 2) for first in (32, 16, 0)
+    ]
+    assert all(record[0] == -1 for record in records[750:])
+
+
 def test_padding_changes_nothing(triton_device: torch.device) -> None:
     """A CUDA graph has more rows and tokens than the step, and bounds that no step reaches."""
     rows = [(1, 900), (1, 40), (20, 33)]
@@ -407,7 +420,7 @@ def test_padding_changes_nothing(triton_device: torch.device) -> None:
 @pytest.mark.skipif(not ON_HOPPER, reason="programs take several units on a Hopper")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (8, 1), (5, 1), (3, 3)])
 def test_programs_take_one_unit_after_the_other(triton_device: torch.device, heads: int, kv_heads: int) -> None:
-    """Some 200 to 1,600 units, with decodes and dead rows between; each launch puts the tickets back."""
+    """600 to 1,700 units, with decodes and rows of nothing between; each launch puts the tickets back."""
     rows = [(1, 500) if n % 5 == 1 else (0, 0) if n % 5 == 3 else (1 + n * 97 % 700, 700 + n % 3) for n in range(60)]
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": 128, "block_size": 64}
     batch = make_batch(rows, **shape, dtype=torch.bfloat16, device=triton_device)
@@ -490,7 +503,7 @@ def test_attention_in_a_cuda_graph(triton_device: torch.device) -> None:
     attend(batch)
     graph = torch.cuda.CUDAGraph()
     out = torch.empty_like(batch.q)
-    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables, batch.query_starts, batch.kv_lens)
+    tensors = (batch.q, batch.key_cache, batch.value_cache, batch.block_tables)
     with torch.cuda.graph(graph):
         paged_attention_triton(*tensors, batch.scale, plan_of(batch), out)
     batch.kv_lens.zero_()

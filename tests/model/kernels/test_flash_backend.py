@@ -90,11 +90,13 @@ def test_prefers_flash_attn_4(machine: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return torch.full_like(q, 7.0), None
 
     machine(HOPPER, {"flash-attn-4": "4.0.0b36", "flash-attn": "2.8.3"}, {"flash_attn.cute": varlen})
-    monkeypatch.setattr(flash_backend, "plan_attention", lambda *lengths, **shape: None)
+    monkeypatch.setattr(flash_backend, "plan_attention", lambda starts, kv_lens, tables, **shape: (starts, kv_lens))
     monkeypatch.setattr(
         flash_backend,
         "paged_attention_triton",
-        lambda *tensors: paged_attention_torch(*tensors[:-2], tensors[-1]),  # all but the plan
+        lambda q, keys, values, tables, scale, plan, out: paged_attention_torch(
+            q, keys, values, tables, *plan, scale, out
+        ),
     )
     batch = make_batch([(1, 40), (1, 0), (3, 9), (5, 20)], dtype=torch.bfloat16, device=torch.device("cpu"))
     backend = build(scale=batch.scale)
