@@ -21,7 +21,7 @@ from tests.model.shared_files import shared_files
 
 def test_options() -> None:
     options = build_parser().parse_args([])
-    assert (options.ranks, options.rows[0], options.rows[-1], options.json) == (2, 1, 8192, None)
+    assert (options.ranks, options.rows[0], options.rows[-1], options.json) == (2, 1, 8448, None)
     assert build_parser().parse_args(["--rows", "1", "8", "--json", "x"]).rows == [1, 8]
 
 
