@@ -64,7 +64,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     on_gpu = device.type == "cuda"
     max_running = config.max_running or (256 if on_gpu else 64)
     flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size  # attention and head left out
-    most = default_batched_tokens(flops_per_token) if on_gpu else 1024
+    most = _default_batched_tokens(flops_per_token) if on_gpu else 1024
     batched = config.max_batched_tokens or max(most, max_running)
     if batched < max_running:
         raise ConfigError(
@@ -88,7 +88,7 @@ def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> Runtime
     )
 
 
-def default_batched_tokens(flops_per_token: float) -> int:
+def _default_batched_tokens(flops_per_token: float) -> int:
     """Return how many tokens a step of a GPU may compute if nobody says."""
     longest = _CAPTURED_TOKENS[-1]
     return longest if longest in captured_tokens(flops_per_token) else _WHOLE_TURNS
