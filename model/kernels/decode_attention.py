@@ -36,6 +36,7 @@ from model.kernels.tiles import (
     begin_dependents,
     copy_tile,
     hear,
+    load_record,
     products_layout,
     queue_of_numbers,
     tell,
@@ -154,21 +155,6 @@ def _fetch(tiles, cache_row, column, memory, ready, wanted, TILE: gl.constexpr):
 
 
 @gluon_jit
-def _load_record(records_ptr, split, there):
-    """Return what `SplitList` tells of a split."""
-    record = records_ptr + split * 8
-    row = gl.load(record, mask=there, other=0)
-    token = gl.load(record + 1, mask=there, other=0)
-    begin = gl.load(record + 2, mask=there, other=0)
-    end = gl.load(record + 3, mask=there, other=0)
-    first_split = gl.load(record + 4, mask=there, other=0)
-    num_splits = gl.load(record + 5, mask=there, other=0)
-    kv_len = gl.load(record + 6, mask=there, other=0)
-    block = gl.load(record + 7, mask=there, other=0)
-    return row, token, begin, end, first_split, num_splits, kv_len, block
-
-
-@gluon_jit
 def _stream(
     key_tiles,
     value_tiles,
@@ -201,7 +187,7 @@ def _stream(
     slot_phase = 1
     unit = gl.program_id(0)
     # Asked for together, since the first tile waits for both; there is a record for each program, with or without work.
-    record = _load_record(records_ptr, unit // KV_HEADS, True)
+    record = load_record(records_ptr, unit // KV_HEADS, True)
     num_units = gl.load(split_firsts_ptr + num_rows) * KV_HEADS
     while unit < num_units:
         row, token, begin, end, first_split, num_splits, kv_len, block = record
@@ -239,7 +225,7 @@ def _stream(
         if num_units > programs:
             wait(PDL)  # only then has the launch before put the tickets back
             unit = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
-        record = _load_record(records_ptr, unit // KV_HEADS, unit < num_units)
+        record = load_record(records_ptr, unit // KV_HEADS, unit < num_units)
     hopper.mbarrier.wait(unit_free.index(slot), slot_phase)
     tell(-1, slot, 0, units)  # that there is none
     hopper.mbarrier.arrive(unit_ready.index(slot), count=1)

@@ -30,7 +30,16 @@ from model.kernels.runtime import (
     multiprocessors,
     triton,
 )
-from model.kernels.tiles import copy_tile, hear, products_layout, queue_of_numbers, tell, tiles_of
+from model.kernels.tiles import (
+    as_words,
+    copy_tile,
+    hear,
+    load_record,
+    products_layout,
+    queue_of_numbers,
+    tell,
+    tiles_of,
+)
 
 if TYPE_CHECKING:
     from model.kernels.attention import AttentionPlan
@@ -110,18 +119,6 @@ def _fetch(
 
 
 @gluon_jit
-def _load_record(records_ptr, tile, there):
-    """Return what `TileList` tells of a tile."""
-    record = records_ptr + tile * 8
-    row = gl.load(record, mask=there, other=0)
-    first_token = gl.load(record + 1, mask=there, other=0)
-    first_query = gl.load(record + 2, mask=there, other=0)
-    num_queries = gl.load(record + 3, mask=there, other=0)
-    kv_len = gl.load(record + 4, mask=there, other=0)
-    return row, first_token, first_query, num_queries, kv_len
-
-
-@gluon_jit
 def _keys_seen(first_query, num_queries, kv_len, QUERIES: gl.constexpr, TILE: gl.constexpr):
     """Return the first query's position, the key behind the last one that any query sees, and in how many tiles."""
     first_position = kv_len - num_queries + first_query
@@ -164,15 +161,11 @@ def _stream(
     slot_phase = 1
     num_units = gl.load(tile_firsts_ptr + num_rows) * (KV_HEADS * PAIRS)
     unit = gl.program_id(0)
-    record = _load_record(records_ptr, unit // (KV_HEADS * PAIRS), unit < num_units)
+    record = load_record(records_ptr, unit // (KV_HEADS * PAIRS), True)[:5]  # there is one for each program
     upcoming = num_units
     if num_units > programs:
         upcoming = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
     while unit < num_units:
-        next_record = _load_record(records_ptr, upcoming // (KV_HEADS * PAIRS), upcoming < num_units)
-        following = num_units
-        if upcoming < num_units:
-            following = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
         row, first_token, first_query, num_queries, kv_len = record
         kv_head = unit // PAIRS % KV_HEADS
         head = kv_head * GROUP + unit % PAIRS * 2
@@ -191,6 +184,10 @@ def _stream(
         if slot == QUEUED:
             slot = 0
             slot_phase ^= 1
+        next_record = load_record(records_ptr, upcoming // (KV_HEADS * PAIRS), upcoming < num_units)[:5]
+        following = num_units
+        if upcoming < num_units:
+            following = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
         _, _, num_tiles = _keys_seen(first_query, num_queries, kv_len, QUERIES, TILE)
         table_ptr = tables_ptr + row.to(gl.int64) * table_stride
         for number in range(num_tiles):
@@ -255,6 +252,7 @@ def _attend(
     SCORES: gl.constexpr = products_layout(TILE, 4)
     OUT: gl.constexpr = products_layout(HEAD_DIM, 4)
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    IN_WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     nothing = gl.full([QUERIES, TILE], 0.0, gl.float32, SCORES)
     stage = 0
@@ -310,9 +308,10 @@ def _attend(
             last = values.index(stage)
             if num_tiles * TILE > end:
                 # What nobody sees may be anything, and 0 times that not 0. (The other head, which may be reading,
-                # writes the same: what is there, or the zeros that both need.)
-                key = (num_tiles - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, MEMORY))
-                last.store(gl.where((key < end)[:, None], last.load(MEMORY), 0.0))
+                # writes the same: what is there, or the zeros that both need.) In words this is less code.
+                words = as_words(last, TILE, HEAD_DIM)
+                key = (num_tiles - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, IN_WORDS))
+                words.store(gl.where((key < end)[:, None], words.load(IN_WORDS), 0))
                 hopper.fence_async_shared()
             acc = hopper.warpgroup_mma(weights, last, acc, is_async=True)
             acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
@@ -454,5 +453,5 @@ def prefill_kernel(
             ),
         ],
         [4, 1],  # warps, beside the kernel's own four
-        [232, 40],  # registers of a thread
+        [240, 24],  # registers of a thread
     )

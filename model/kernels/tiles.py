@@ -15,8 +15,7 @@ from model.kernels.runtime import constexpr, gl, gluon_constexpr, gluon_jit, hop
 # Triton 3.9 has other names than 3.6.
 copy_tile: Any = hopper and (getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared)
 thread_barrier: Any = gl and getattr(gl, "barrier", getattr(gl, "thread_barrier", None))
-
-
+_REINTERPRETS = constexpr(bool(gl) and hasattr(gl.shared_memory_descriptor, "reinterpret"))
 _NUMBERS = constexpr(8)  # of a place in a queue
 
 
@@ -32,6 +31,32 @@ def tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> Any:
 def products_layout(columns, warps):
     """Return which thread has which sum of products: warps share the rows of the left operand."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
+
+
+@gluon_jit
+def as_words(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Return the shared memory of a tile of 16-bit elements as words of 32 bits: [ROWS, COLUMNS // 2]."""
+    WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    if _REINTERPRETS:
+        words = tile.reinterpret(gl.int32, [ROWS, COLUMNS // 2], WORDS)
+    else:
+        words = tile._reinterpret(gl.int32, [ROWS, COLUMNS // 2], WORDS)
+    return words
+
+
+@gluon_jit
+def load_record(records_ptr, number, there):
+    """Return the eight numbers of a record of `SplitList` or `TileList`, zeros if it is not `there`."""
+    record = records_ptr + number * 8
+    first = gl.load(record, mask=there, other=0)
+    second = gl.load(record + 1, mask=there, other=0)
+    third = gl.load(record + 2, mask=there, other=0)
+    fourth = gl.load(record + 3, mask=there, other=0)
+    fifth = gl.load(record + 4, mask=there, other=0)
+    sixth = gl.load(record + 5, mask=there, other=0)
+    seventh = gl.load(record + 6, mask=there, other=0)
+    eighth = gl.load(record + 7, mask=there, other=0)
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @gluon_jit
