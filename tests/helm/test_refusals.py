@@ -151,6 +151,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a port for root": ({"ports.grpc": 443}, "grpc"),
     "no such port": ({"ports.grpc": 70000}, "grpc"),
     "a size in words": ({"cacheSizeLimit": "ten"}, "cacheSizeLimit"),
+    "a claim that cannot have its name": ({"kernelCache.claimName": "My_Claim"}, "kernelCache.claimName"),
     "nested configuration": ({"config": {"a": {"b": 1}}}, "config"),
     "a flag for an option": ({"config": {"--max-running": 1}}, "config"),
     "monitor perhaps": ({"podMonitor.enabled": "perhaps"}, "podMonitor"),

@@ -564,6 +564,17 @@ def test_each_volume_is_what_its_source_says() -> None:
     assert alone.of("PersistentVolumeClaim") == []
 
 
+def test_kernels_are_kept_on_their_claim_where_the_server_looks_for_them() -> None:
+    rendered = scenario("autoscaled")
+    assert rendered.template_volume("kernels")["persistentVolumeClaim"] == {"claimName": "shared-kernels"}
+    (mount,) = (mount for mount in rendered.server["volumeMounts"] if mount["name"] == "kernels")
+    assert {"name": "TRITON_CACHE_DIR", "value": mount["mountPath"]} in rendered.server["env"]
+    assert not mount.get("readOnly"), "the first pod fills it"
+    for container in rendered.template["spec"]["initContainers"]:
+        assert "kernels" not in {mount["name"] for mount in container["volumeMounts"]}
+    assert "kernels" not in {mount["name"] for mount in scenario("one-gpu").server["volumeMounts"]}
+
+
 def test_a_claim_of_the_chart_outlives_the_release() -> None:
     claim = scenario("tensor-parallel").one("PersistentVolumeClaim", "qwen-lightqwen-models")
     assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"

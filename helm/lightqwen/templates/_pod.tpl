@@ -113,6 +113,9 @@ spec:
       terminationMessagePolicy: FallbackToLogsOnError
       volumeMounts:
         {{- include "lightqwen.writableMounts" . | nindent 8 }}
+        {{- if .Values.kernelCache.claimName }}
+        - {name: kernels, mountPath: /cache/triton}
+        {{- end }}
         - {name: shm, mountPath: /dev/shm}
         - {name: config, mountPath: /etc/lightqwen/config, readOnly: true}
         {{- if ne $source "demo" }}
@@ -140,6 +143,10 @@ spec:
         sizeLimit: {{ default (printf "%dGi" (mul 2 (include "lightqwen.ranksPerPod" . | int))) .Values.sharedMemory | quote }}
     - name: cache
       emptyDir: {sizeLimit: {{ .Values.cacheSizeLimit | quote }}}
+    {{- with .Values.kernelCache.claimName }}
+    - name: kernels
+      persistentVolumeClaim: {claimName: {{ . | quote }}}
+    {{- end }}
     - name: tmp
       emptyDir: {sizeLimit: {{ .Values.tmpSizeLimit | quote }}}
     - name: config
