@@ -2,10 +2,9 @@
 
 A unit of work is `QUERIES` queries of two heads that share keys and values, so that each tile of these is fetched once
 for both. A launch has a program for each multiprocessor, which takes one unit after the other. Three groups of warps
-share its work: one asks for queries and tiles, of the next unit too, and each of the others attends with one head.
-While the matrix units multiply weights and values of one tile, the next tile's scores, already there, may become
-weights; and what one head leaves of the units' time the other has. (So does FlashAttention-3, Shah et al. 2024. The
-first of these the compiler undoes so far: docs/performance.md, what is open.)
+share its work: one asks for queries and tiles, of the next unit too, and each of the others attends with one head,
+so that while one head's scores become weights the matrix units work for the other. (As in FlashAttention-3, Shah et al.
+2024. A head's own products beside its exponentials, as there, are slower here: docs/performance.md.)
 
 Barriers in shared memory tell of the next unit, when its queries or a tile have arrived, and when both heads are done
 with one, so that its place is free.
