@@ -184,10 +184,15 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="shape of a published Qwen3, with random weights")
     parser.add_argument("--model", help="folder of a checkpoint to use instead")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="which figures")
+    parser.add_argument(
+        "--first-start", action="store_true", help="with an empty cache of kernels, as on a new machine"
+    )
     parser.add_argument("--json", type=json_file, help="write the figures here")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options: device=cpu ...")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
+        if arguments.first_start:
+            os.environ["TRITON_CACHE_DIR"] = str(Path(scratch) / "kernels")
         folder = arguments.model or str(write_config(arguments.size, Path(scratch) / "model"))
         options = {"model": folder, "load_format": "auto" if arguments.model else "random"}
         options |= dict(option.split("=", 1) for option in arguments.set)

@@ -573,6 +573,11 @@ def test_kernels_are_kept_on_their_claim_where_the_server_looks_for_them() -> No
     for container in rendered.template["spec"]["initContainers"]:
         assert "kernels" not in {mount["name"] for mount in container["volumeMounts"]}
     assert "kernels" not in {mount["name"] for mount in scenario("one-gpu").server["volumeMounts"]}
+    group = render(SCENARIOS["multi-node"], values={"kernelCache.claimName": "shared-kernels"})
+    assert len(group.templates) == 2
+    for template in group.templates:
+        mounts = {mount["name"]: mount for mount in template["spec"]["containers"][0]["volumeMounts"]}
+        assert mounts["kernels"] == mount
 
 
 def test_a_claim_of_the_chart_outlives_the_release() -> None:

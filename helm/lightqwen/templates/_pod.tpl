@@ -113,7 +113,7 @@ spec:
       terminationMessagePolicy: FallbackToLogsOnError
       volumeMounts:
         {{- include "lightqwen.writableMounts" . | nindent 8 }}
-        {{- if .Values.kernelCache.claimName }}
+        {{- if (default dict .Values.kernelCache).claimName }}
         - {name: kernels, mountPath: /cache/triton}
         {{- end }}
         - {name: shm, mountPath: /dev/shm}
@@ -143,7 +143,7 @@ spec:
         sizeLimit: {{ default (printf "%dGi" (mul 2 (include "lightqwen.ranksPerPod" . | int))) .Values.sharedMemory | quote }}
     - name: cache
       emptyDir: {sizeLimit: {{ .Values.cacheSizeLimit | quote }}}
-    {{- with .Values.kernelCache.claimName }}
+    {{- with (default dict .Values.kernelCache).claimName }}
     - name: kernels
       persistentVolumeClaim: {claimName: {{ . | quote }}}
     {{- end }}
