@@ -3,7 +3,8 @@
 Each kernel is captured in a CUDA graph over several sets of inputs, which together exceed the L2 cache, and timed by
 events around replays: the median, per launch. Bytes are the fewest that must move through device memory (each input
 read once, each output written once), operations those that causal attention needs. The ceilings are this GPU's,
-measured first: reading memory, and the product of two large bf16 matrices.
+measured first: reading memory, and the product of two large bf16 matrices. Linear layers have around them what stands
+there in a model: o and down of one rank the residual addition and the norm behind them, gate and up SiLU.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from model.kernels.attention import (
     plan_attention,
 )
 from model.kernels.decode_attention import streams
-from model.kernels.linear import norm_linear
+from model.kernels.linear import linear, linear_add_norm, norm_linear
 from model.kernels.norm import Normed, add_rms_norm
 from model.kernels.rope_kv import Projected, qk_norm_rope_store
+from model.kernels.rows import empty_rows
 from model.sampler import SamplingTables, sample
 
 BATCHES = (1, 8, 64, 256)
-GATED_ROWS = (8, 64, 128, 192, 256, 512, 768, 1024, 2048, 8192, 8448)
+LINEAR_ROWS = (1, 8, 64, 128, 192, 256, 512, 768, 1024, 2048, 8192, 8448)
 CONTEXTS = (300, 1024, 8192)
 PREFILLS = ((16, 512), (4, 4096))
 ROTATED_BYTES = 256 << 20  # inputs to go through before one is used again: several times an H200's 60 MB of L2
@@ -63,14 +65,15 @@ class Shape:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+    ranks: int = 1
 
     @classmethod
     def of(cls, share: str, folder: Path) -> Shape:
         """Of a published size, or as "32B/2" of one of the ranks that share it. `folder` is for its config."""
         size, ranks = split_share(share)
         config = json.loads((write_config(size, folder / size) / "config.json").read_text(encoding="utf-8"))
-        shape = cls(**{name: config[name] for name in cls.__dataclass_fields__})
-        return replace(shape, **{name: getattr(shape, name) // ranks for name in SHARED})
+        shape = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name != "ranks"})
+        return replace(shape, ranks=ranks, **{name: getattr(shape, name) // ranks for name in SHARED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,21 +172,43 @@ def elementwise_cases(shape: Shape, block_size: int) -> Iterator[Case]:
         )
 
 
-def gate_cases(shape: Shape) -> Iterator[Case]:
-    """Gate, up and SiLU, as a model computes them: what LIGHTQWEN_WITHOUT names is gone without."""
+def linear_cases(shape: Shape) -> Iterator[Case]:
+    """The layers as a model computes them; what LIGHTQWEN_WITHOUT names is gone without."""
     hidden, inter = shape.hidden_size, shape.intermediate_size
+    q_dim, kv_dim = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
 
-    def make(rows: int) -> Call:
-        return partial(norm_linear, Normed(randn(rows, hidden)), randn(2 * inter, hidden), gated=True)
+    def draw_rows(rows: int, k: int) -> torch.Tensor:
+        return empty_rows(rows, k, like=randn(0)).normal_()
 
-    for rows in GATED_ROWS:
-        yield Case(
-            kernel="gate, up, SiLU",
-            workload=f"tokens {rows}",
-            make=partial(make, rows),
-            num_bytes=2 * (2 * inter * hidden + rows * (hidden + inter)),
-            flops=2 * rows * 2 * inter * hidden,
-        )
+    def behind_norm(rows: int, n: int, k: int, gated: bool = False) -> Call:
+        return partial(norm_linear, Normed(draw_rows(rows, k)), randn(n, k), gated=gated)
+
+    def before_norm(rows: int, n: int, k: int) -> Call:
+        if shape.ranks > 1:  # their sum has the norm
+            return partial(linear, draw_rows(rows, k), randn(n, k))
+        return partial(linear_add_norm, draw_rows(rows, k), randn(n, k), None, randn(rows, n), randn(n), EPS)
+
+    def head(rows: int, n: int, k: int) -> Call:
+        return partial(linear, draw_rows(rows, k), randn(n, k))
+
+    added = 3 if shape.ranks == 1 else 1  # read, and written with and without the norm
+    layers: tuple[tuple[str, Callable[[int, int, int], Call], int, int, float], ...] = (
+        ("qkv", behind_norm, q_dim + 2 * kv_dim, hidden, 1),
+        ("o", before_norm, hidden, q_dim, added),
+        ("gate, up, SiLU", partial(behind_norm, gated=True), 2 * inter, hidden, 0.5),
+        ("down", before_norm, hidden, inter, added),
+        ("head", head, shape.vocab_size, hidden, 1),
+    )
+    for name, make, n, k, moved in layers:
+        for rows in LINEAR_ROWS:
+            if name != "head" or rows <= BATCHES[-1]:  # which sees the rows that draw a token
+                yield Case(
+                    kernel=name,
+                    workload=f"tokens {rows}",
+                    make=partial(make, rows, n, k),
+                    num_bytes=2 * (n * k + rows * (k + int(moved * n))),
+                    flops=2 * rows * n * k,
+                )
 
 
 def make_attention(
@@ -327,7 +352,7 @@ def run(sizes: list[str], kernels: list[str], block_size: int, folder: Path) -> 
         shape = Shape.of(size, folder)
         cases = (
             elementwise_cases(shape, block_size),
-            gate_cases(shape),
+            linear_cases(shape),
             attention_cases(shape, block_size),
             sampling_cases(shape),
         )

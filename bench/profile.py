@@ -1,7 +1,7 @@
 """Where a step's time goes: `python -m bench.profile --size 0.6B --batches 1 8 64 256`.
 
 A process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
-step: the wall time, what the host spends on planning, launching and retiring, and, from a second pass under PyTorch's
+step: the wall time, the leader's CPU time for planning, launching and retiring, and, from a second pass under PyTorch's
 profiler, how long the device is busy with each group of kernels, and how long it idles between which of them.
 `--prefill` takes whole prompts of so many tokens instead, one step each. Dependent launches begin while others run and
 count from then on: groups then add up to more than the device is busy (LIGHTQWEN_WITHOUT=pdl keeps launches apart).
@@ -128,7 +128,7 @@ class Engine:
 
     def turn(self) -> bool:
         """One turn of the leader's loop; returns whether anything happened."""
-        clock = time.perf_counter
+        clock = time.thread_time
         began = clock()
         planned = self._scheduler.plan()
         after_plan = clock()
