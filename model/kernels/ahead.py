@@ -8,6 +8,7 @@ nothing of the GPU.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from model.errors import ModelError
 from model.kernels import cuda_source
 from model.kernels.cuda_source import Source
 from model.kernels.runtime import triton
@@ -24,6 +26,7 @@ from model.kernels.runtime import triton
 logger = logging.getLogger(__name__)
 
 _WORD = 4  # bytes of a number in a pipe
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 
 
 class _Wanted(Protocol):
@@ -101,6 +104,9 @@ def compile_ahead(
     of how many. Who does the same at the same time, such as other ranks, should `begin` elsewhere in the list, from 0
     to 1. Nothing is forked where all is in the cache. What cannot be compiled is logged, and will be found out by who
     launches it.
+
+    Raises:
+        ModelError: the cache cannot be written, and not everything is in it.
     """
     with _launches_tried() as wanted:
         launch()  # whatever follows, since ranks wait for one another in what is not a kernel of ours
@@ -108,8 +114,17 @@ def compile_ahead(
     if processes < 2:
         return
     started = time.monotonic()
-    if all(kernel.in_cache() for kernel in kernels):  # up to the first that was not
-        return
+    try:
+        if all(kernel.in_cache() for kernel in kernels):  # up to the first that was not
+            return
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        where = error.filename or triton.knobs.cache.dir
+        raise ModelError(
+            f"cannot keep compiled kernels: {where}: {error.strerror}; "
+            "let this user write there and make room, or name another folder in TRITON_CACHE_DIR"
+        ) from error
     first = int(begin * len(kernels))
     kernels = kernels[first:] + kernels[:first]  # those that are there are done at once
     failed = _compile_in_processes(kernels, min(processes, len(kernels)), settle, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from model.errors import ModelError
 from model.kernels import ahead
 from tests.processes import until
 
@@ -166,3 +168,23 @@ def test_nothing_is_forked_where_all_is_there(kernels: list[Kernel], monkeypatch
     assert len(there) == KERNELS
     monkeypatch.setattr(Kernel, "in_cache", lambda kernel: False)
     assert compile_ahead(processes=1) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Kernel) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", "/cache/triton/AB")
+
+    monkeypatch.setattr(Kernel, "in_cache", refuse)
+    with pytest.raises(ModelError, match=r"compiled kernels: /cache/triton/AB: Permission denied; .* TRITON_CACHE_DIR"):
+        compile_ahead()
+
+
+def test_what_else_cannot_be_read_is_not_blamed_on_the_cache(
+    kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(_: Kernel) -> bool:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "gcc")
+
+    monkeypatch.setattr(Kernel, "in_cache", lack)
+    with pytest.raises(FileNotFoundError):
+        compile_ahead()
