@@ -121,9 +121,8 @@ def measure(arguments: argparse.Namespace, scratch: Path, results: dict[str, Any
     with serving([*source, *quiet, *arguments.serve], os.environ | kernels) as (facts, seconds):
         results["hardware"] = facts["device"]
         results["start"] = seconds
-        for name in arguments.only:
-            times, load = LOADS.get(name, (0, ()))
-            for _ in range(times):
+        for name, (times, load) in LOADS.items():
+            for _ in range(times if name in arguments.only else 0):
                 measured = send(facts["address"], load, scratch / "load.json")
                 results.setdefault(name, []).append(measured)
 
