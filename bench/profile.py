@@ -3,7 +3,8 @@
 A process holds scheduler and runner, without a gateway, and turns the loop as the leader does. Every figure is per
 step: the wall time, the leader's CPU time for planning, launching and retiring, and, from a second pass under PyTorch's
 profiler, how long the device is busy with each group of kernels, and how long it idles between which of them.
-`--prefill` takes whole prompts of so many tokens instead, one step each. Dependent launches begin while others run and
+`--prefill` takes whole prompts of so many tokens instead, one step each, and `--mixed` so many requests that decode
+while others' prompts fill the steps. Dependent launches begin while others run and
 count from then on: groups then add up to more than the device is busy (LIGHTQWEN_WITHOUT=pdl keeps launches apart).
 
 With `--tensor-parallel-size N` that process is the leader of N ranks, each on a GPU of its own, which join and follow
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -106,6 +108,7 @@ class Engine:
         self._plans = plans
         self._scheduler = self._fresh()
         self._in_flight: list[PlannedStep] = []
+        self._numbers = itertools.count()  # of requests
         self.only_decodes = False  # in the step that was planned last
         self.times: dict[str, list[float]] = defaultdict(list)
 
@@ -114,7 +117,7 @@ class Engine:
 
     def submit(self, count: int, prompt_tokens: int, max_tokens: int) -> None:
         rng = np.random.default_rng(0)
-        for number in range(count):
+        for number in itertools.islice(self._numbers, count):
             self._scheduler.submit(
                 0,
                 Submit(
@@ -280,6 +283,37 @@ def start_decodes(engine: Engine, batch: int, context: int, steps: int) -> float
     return stats.generated_tokens / batch
 
 
+def mixed(engine: Engine, batch: int, context: int, prompt: int, steps: int) -> Profile:
+    """`batch` requests decode in steps that prompts of `prompt` tokens fill up.
+
+    Raises:
+        ConfigError: see `start_decodes`.
+    """
+
+    def run() -> int:
+        for _ in range(steps):
+            engine.turn()
+        return steps
+
+    start = functools.partial(start_mixed, engine, batch, context, prompt, steps)
+    most = engine.limits.max_mixed_tokens
+    workload = f"{batch} decode at context {context}, prompts of {prompt}, {most} tokens a step"
+    return _measure(engine, workload, start, run)
+
+
+def start_mixed(engine: Engine, batch: int, context: int, prompt: int, steps: int) -> None:
+    """Let `batch` requests of `context` tokens decode while prompts of `prompt` tokens, of which nothing is wanted but
+    a first token, are computed beside them for `steps` at least.
+
+    Raises:
+        ConfigError: see `start_decodes`.
+    """
+    start_decodes(engine, batch, context, steps)
+    engine.submit(1 + (steps + 4) * engine.limits.max_mixed_tokens // prompt, prompt, 1)
+    for _ in range(2):
+        engine.turn()
+
+
 def prefill(engine: Engine, tokens: int, steps: int) -> Profile:
     """Prompts of `tokens`, one after the other."""
 
@@ -363,6 +397,7 @@ def report(arguments: argparse.Namespace, tensor_parallel_size: int, engine: Eng
     """Measure what was asked for; print it, and write it where it was asked to be."""
     profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
     profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
+    profiles += [mixed(engine, batch, arguments.context, arguments.mixed_prompt, 16) for batch in arguments.mixed]
     device = torch.cuda.get_device_name()
     print(f"{arguments.size} on {device} x {tensor_parallel_size}, without: {without() or 'nothing'}")
     for one in profiles:
@@ -401,12 +436,23 @@ def main() -> int:
         help="tokens of each prompt, to which output adds what a figure's name tells (default: 300)",
     )
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prefill prompts of so many tokens")
+    parser.add_argument(
+        "--mixed",
+        type=int,
+        nargs="*",
+        default=[],
+        help="decode with so many requests beside prompts that fill the step",
+    )
+    parser.add_argument(
+        "--mixed-prompt", type=int, default=560, metavar="TOKENS", help="of each such prompt (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
     parser.add_argument("--json", type=json_file, help="write the figures here")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options")
     arguments = parser.parse_args()
-    if min(*arguments.batches, *arguments.prefill, arguments.context, arguments.steps, 1) < 1:
-        parser.error("--batches, --context, --prefill and --steps are 1 or more")
+    numbers = (*arguments.batches, *arguments.prefill, *arguments.mixed)
+    if min(*numbers, arguments.mixed_prompt, arguments.context, arguments.steps) < 1:
+        parser.error("--batches, --context, --prefill, --mixed, --mixed-prompt and --steps are 1 or more")
     with tempfile.TemporaryDirectory() as scratch:
         options: dict[str, object] = {
             "model": str(write_config(arguments.size, Path(scratch))),

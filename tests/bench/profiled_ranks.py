@@ -13,8 +13,9 @@ from unittest.mock import Mock
 
 import numpy as np
 
-from bench.profile import Engine, run_ranks, start_decodes
+from bench.profile import Engine, run_ranks, start_decodes, start_mixed
 from worker.config import EngineConfig
+from worker.plan import StepPlan
 
 
 def config_for(folder: Path, size: int, **options: int) -> EngineConfig:
@@ -50,6 +51,22 @@ def run_decodes(file: Path, engine: Engine) -> None:
     facts = {"started": started, "running": engine.stats.running, "only_decodes": engine.only_decodes}
     file.write_text(json.dumps(facts))
     start_decodes(engine, 20, 40, 8)
+
+
+def run_mixed(file: Path, engine: Engine) -> None:
+    """Let three requests decode beside prompts that fill the steps, and write what each step had."""
+    steps = []
+    launch = engine._runner.launch
+
+    def launch_and_note(plan: StepPlan) -> None:
+        steps.append((plan.num_tokens, plan.num_decode_rows, plan.num_rows))
+        launch(plan)
+
+    start_mixed(engine, 3, 40, 20, 8)
+    engine._runner.launch = Mock(side_effect=launch_and_note)  # type: ignore[method-assign]
+    for _ in range(8):
+        engine.turn()
+    file.write_text(json.dumps(steps))
 
 
 def fail(engine: Engine) -> None:

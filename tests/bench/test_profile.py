@@ -42,6 +42,18 @@ def test_ranks_draw_together_what_one_draws_alone(endless_checkpoint: Path, tmp_
 
 
 @pytest.mark.slow
+def test_prompts_fill_the_steps_of_requests_that_decode(endless_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "steps.json"
+    config = config_for(endless_checkpoint, 1, max_running=24, max_batched_tokens=32, max_mixed_tokens=32)
+    run_ranks(config, functools.partial(profiled_ranks.run_mixed, file))
+    steps = json.loads(file.read_text())
+    assert len(steps) == 8
+    for tokens, decodes, rows in steps:
+        assert tokens == 32
+        assert 3 <= decodes < rows  # a prompt whose last token is alone in its step counts as well
+
+
+@pytest.mark.slow
 def test_decodes_are_alone_when_they_are_measured(
     endless_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,7 +149,7 @@ def test_every_kernel_of_ours_has_a_group() -> None:
 def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     file = tmp_path / "out.json"
-    report(Namespace(size="8B", batches=[], prefill=[], json=file), 4, Mock())
+    report(Namespace(size="8B", batches=[], prefill=[], mixed=[], json=file), 4, Mock())
     written = json.loads(file.read_text())
     assert (written["hardware"], written["tensor_parallel_size"], written["profiles"]) == ("a GPU", 4, [])
 
