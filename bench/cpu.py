@@ -20,20 +20,18 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.provenance import json_file, provenance
+from bench.server import Failed, serving
 from bench.shapes import SIZES, write_config
 from bench.workloads import Job, uniform
 from lightqwen.client import AsyncClient, Delta
-from service.terminal import read_ready_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,21 +55,11 @@ WORKLOADS = {"one": (uniform(1, 64, 64), GREEDY), "mixed": (mixed_16(), GREEDY),
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def served(folder: Path, dtype: str, threads: int) -> Iterator[str]:
-    """A running server's address."""
+def served(folder: Path, dtype: str, threads: int) -> AbstractContextManager[tuple[dict[str, str], float]]:
+    """A running server, as `serving` gives it."""
     options = ["--model", str(folder), "--device", "cpu", "--dtype", dtype, "--port", "0", "--metrics-port", "-1"]
     options += ["--health-port", "-1", "--max-model-len", "1024", "--cpu-kv-gib", "3", "--log-level", "warning"]
-    command = [sys.executable, "-m", "service.cli", "serve", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            facts = read_ready_line(process.stdout.readline()) if process.stdout is not None else None
-            if facts is None:
-                raise RuntimeError("the server did not start")
-            yield facts["address"]
-        finally:
-            process.terminate()
+    return serving(options, os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 async def _stream(client: AsyncClient, job: Job, sampling: Sampling) -> list[int]:
@@ -143,17 +131,19 @@ def measure(folder: Path, dtype: str, threads: int, pairs: int) -> dict[str, Any
     """Every workload by turns; the order within a pair changes too."""
     results: dict[str, Any] = {}
     model = load_theirs(folder, dtype)
-    with served(folder, dtype, threads) as address:
+    with served(folder, dtype, threads) as (facts, _):
         for name, (jobs, sampling) in WORKLOADS.items():
             asked = sum(job.max_tokens for job in jobs)
             short = [Job(job.prompt_ids, 2) for job in jobs]
-            run_ours(address, short, sampling)  # warm-up
+            run_ours(facts["address"], short, sampling)  # warm-up
             run_theirs(model, short, sampling)
             ours: list[tuple[float, Any]] = []
             theirs: list[tuple[float, Any]] = []
             for pair in range(pairs):
                 for mine in (True, False) if pair % 2 == 0 else (False, True):
-                    seconds, tokens = run_ours(address, jobs, sampling) if mine else run_theirs(model, jobs, sampling)
+                    seconds, tokens = (
+                        run_ours(facts["address"], jobs, sampling) if mine else run_theirs(model, jobs, sampling)
+                    )
                     (ours if mine else theirs).append((asked / seconds, tokens))
                 print(f"{dtype} {name} pair {pair}: {ours[-1][0]:.2f} against {theirs[-1][0]:.2f} tokens/s", flush=True)
             ratios = [mine / other for (mine, _), (other, _) in zip(ours, theirs, strict=True)]
@@ -198,8 +188,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_checkpoint(arguments.size, folder)
-        for dtype in arguments.dtype:
-            report[dtype] = measure(folder, dtype, arguments.threads, arguments.pairs)
+        try:
+            for dtype in arguments.dtype:
+                report[dtype] = measure(folder, dtype, arguments.threads, arguments.pairs)
+        except Failed as error:
+            print(f"bench.cpu: {error}", file=sys.stderr)
+            return 1
     print(f"{'dtype':10}{'workload':10}{'ours tok/s':>14}{'transformers':>14}{'ratio':>8}{'same tokens':>13}")
     for dtype in arguments.dtype:
         for name, result in report[dtype].items():
