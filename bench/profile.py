@@ -306,12 +306,17 @@ def start_mixed(engine: Engine, batch: int, context: int, prompt: int, steps: in
     a first token, are computed beside them for `steps` at least.
 
     Raises:
-        ConfigError: see `start_decodes`.
+        ConfigError: see `start_decodes`; or no prompt begins beside them.
     """
     start_decodes(engine, batch, context, steps)
     engine.submit(1 + (steps + 4) * engine.limits.max_mixed_tokens // prompt, prompt, 1)
     for _ in range(2):
         engine.turn()
+    if engine.only_decodes:
+        raise ConfigError(
+            f"no prompt of {prompt} tokens begins beside {batch} requests that decode: "
+            "max_running, max_model_len and the KV cache bound them"
+        )
 
 
 def prefill(engine: Engine, tokens: int, steps: int) -> Profile:

@@ -26,6 +26,7 @@ from model.kernels.runtime import triton
 logger = logging.getLogger(__name__)
 
 _WORD = 4  # bytes of a number in a pipe
+# What says that a folder cannot be written, or has no room.
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 
 

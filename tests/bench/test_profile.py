@@ -54,6 +54,16 @@ def test_prompts_fill_the_steps_of_requests_that_decode(endless_checkpoint: Path
 
 
 @pytest.mark.slow
+def test_prompts_that_find_no_room_beside_decodes_are_told(
+    endless_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(endless_checkpoint, 1, max_running=3, max_batched_tokens=32, max_mixed_tokens=32)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        run_ranks(config, functools.partial(profiled_ranks.run_mixed, tmp_path / "steps.json"))
+    assert "no prompt of 20 tokens begins beside 3 requests that decode" in capfd.readouterr().err
+
+
+@pytest.mark.slow
 def test_decodes_are_alone_when_they_are_measured(
     endless_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
