@@ -30,7 +30,7 @@ import torch
 
 from bench.provenance import json_file, provenance
 from bench.shapes import share
-from bench.small_linear import MODELS, ROTATED_BYTES, Layer, draw, layers_of
+from bench.small_linear import LAYERS, MODELS, ROTATED_BYTES, Layer, draw, layers_of
 from model.kernels import cublaslt
 from model.kernels.cublaslt import ROW_CLASSES, Algorithm, AlgorithmStruct, Library, Product, ResultStruct
 from model.kernels.runtime import is_hopper
@@ -135,9 +135,12 @@ class Search:
         self._calls: dict[Algorithm, Call] = {}
 
     def run(self, proposed: Sequence[Algorithm], like: Sequence[Algorithm], seconds: float) -> Result:
-        """Try what is `proposed` for this product, what is for others `like` it, and what is like the best of these."""
+        """Try what is known and `proposed` for this product, what is for others `like` it, and what is like the best of
+        these."""
         end = time.monotonic() + seconds
-        every = [*dict.fromkeys([*proposed, *like])]
+        known = cublaslt.measured().get((self._layer.n, self._layer.k, self._rows))
+        first = proposed if known is None else [known, *proposed]
+        every = [*dict.fromkeys([*first, *like])]
         tiles, clusters = (sorted({algorithm[index] for algorithm in every}) for index in range(2))
         values = tiles, clusters, range(_OPTIONS), range(2)
         for algorithm in every:
@@ -153,7 +156,7 @@ class Search:
                             self._try(algorithm._replace(**{name: number}))
         finalists = self._fastest(_FINALISTS)
         if self._rows >= _SUSTAINED_ROWS:  # where a fast one that takes much power may become a slow one
-            finalists += [algorithm for algorithm in proposed if algorithm in self._times]
+            finalists += [algorithm for algorithm in first if algorithm in self._times]
         finalists = [algorithm for algorithm in dict.fromkeys(finalists) if self._is_right(algorithm)]
         pytorch, *us = self._time([self._by_pytorch, *(self._calls[algorithm] for algorithm in finalists)])
         return Result(self._layer, self._rows, pytorch, dict(zip(finalists, us, strict=True)), len(self._times))
@@ -212,8 +215,8 @@ class Search:
                 for launch in range(launches):
                     call(self._weights[launch % len(self._weights)])
         once = partial(self._replay, launches)
-        if self._rows >= _SUSTAINED_ROWS:
-            return [_sustained(partial(once, graph)) for graph in graphs]
+        if self._rows >= _SUSTAINED_ROWS:  # the first one twice, which warms the GPU up
+            return [_sustained(partial(once, graph)) for graph in (graphs[0], *graphs)][1:]
         times = [[once(graph) for graph in graphs] for _ in range(_ROUNDS)]
         return [statistics.median(of_graph) for of_graph in zip(*times[1:], strict=True)]
 
@@ -281,6 +284,7 @@ def main() -> int:
         help="model shapes, or those of one of several ranks (default: %(default)s)",
     )
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROW_CLASSES), choices=ROW_CLASSES)
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=LAYERS, help="which of them (all)")
     parser.add_argument("--seconds", type=float, default=0.8, help="search for so long at a time (%(default)s)")
     parser.add_argument("--write", action="store_true", help="put the best into model/kernels/algorithms.json")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write every time here")
@@ -302,7 +306,7 @@ def main() -> int:
             for n in (layer.n // 2, layer.n, layer.n * 2)
             for algorithm in proposals.of(rows, n, layer.k)
         ]
-        for layer in layers:
+        for layer in (layer for layer in layers if layer.name in arguments.layers):
             for rows in rows_of(layer, arguments.rows):
                 proposed = proposals.of(rows, layer.n, layer.k)
                 results.append(Search(library, layer, rows).run(proposed, like, arguments.seconds))

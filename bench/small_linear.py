@@ -52,6 +52,7 @@ from model.kernels.tilings import (
     tiling_for,
 )
 
+LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it
 ROTATED_BYTES = 160 << 20
 LAUNCHES, REPLAYS = 24, 7
