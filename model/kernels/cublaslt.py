@@ -44,7 +44,7 @@ _WORKSPACE_BYTES = 4096
 and may share them."""
 _UNCOUNTED_ROWS = 256
 """Products of so many rows and fewer get no workspace. Then programs know their tiles in advance, and no launch has to
-clear a counter before, which is 1 to 3 % faster (docs/performance.md)."""
+clear a counter before, which is mostly faster (docs/performance.md)."""
 
 
 class Algorithm(NamedTuple):
