@@ -1,13 +1,14 @@
 """Which of cuBLASLt's algorithms is fastest for the layers of a model on this GPU: `python -m bench.products --write`.
 
 For every layer of the chosen models and every class of rows that our own kernel does not take (linear.py in
-model/kernels), what PyTorch does is timed, and algorithms that cuBLASLt proposes for this product and others like it.
-The fastest are changed in one number after another as long as that helps. As in `bench.kernels`, launches go round
-weights that exceed the L2 cache; those that decide are captured in CUDA graphs, whose replays take turns. Of 512 rows
-and more, which keep a GPU busy for so long that power limits its clock, each runs by itself until the clock has
-settled. (Gate and up too: a kernel with SiLU in it takes most of their classes, where CUDA C++ can be compiled.)
---write puts what is more than 1.5 % faster than PyTorch's choice into model/kernels/algorithms.json, which the model
-reads; what was not measured stays as it is. A model takes some five minutes; fewer --rows make it less.
+model/kernels), what PyTorch does is timed, and algorithms that the layer has for any number of rows, or that cuBLASLt
+proposes for this product and others like it. The fastest are changed in one number after another as long as that
+helps. As in `bench.kernels`, launches go round weights that exceed the L2 cache; those that decide are captured in CUDA
+graphs, whose replays take turns. Of 512 rows and more, which keep a GPU busy for so long that power limits its clock,
+each runs by itself until the clock has settled. (Gate and up too: a kernel with SiLU in it takes most of their classes,
+where CUDA C++ can be compiled.) --write puts what is more than 1.5 % faster than PyTorch's choice into
+model/kernels/algorithms.json, which the model reads; what was not measured stays as it is. A model takes some five
+minutes; fewer --rows or --layers make it less.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LEAST_GAIN = 1.015
 MAX_ERROR = 1e-2
 _PROPOSALS = 256  # so many are asked for; cuBLASLt has some eight
 _OPTIONS = 8
-_FINALISTS, _ROUNDS = 6, 7
+_FINALISTS, _ROUNDS = 8, 7
 _SUSTAINED_ROWS, _SUSTAINED_S = 512, 0.12
 _HEAD_ROWS = 256  # the head sees the rows that draw a token
 _LIKE = (64, 128, 192, 256, 320, 512, 1024, 2048, 4096)  # rows of products whose algorithms are tried, too
@@ -135,12 +136,12 @@ class Search:
         self._calls: dict[Algorithm, Call] = {}
 
     def run(self, proposed: Sequence[Algorithm], like: Sequence[Algorithm], seconds: float) -> Result:
-        """Try what is known and `proposed` for this product, what is for others `like` it, and what is like the best of
-        these."""
+        """Try what is known for this layer and `proposed` for this product, what is for others `like` it, and what is
+        like the best of these."""
         end = time.monotonic() + seconds
-        known = cublaslt.measured().get((self._layer.n, self._layer.k, self._rows))
-        first = proposed if known is None else [known, *proposed]
-        every = [*dict.fromkeys([*first, *like])]
+        of_layer = known_for(self._layer)
+        known = [of_layer[self._rows]] if self._rows in of_layer else []
+        every = [*dict.fromkeys([*known, *proposed, *of_layer.values(), *like])]
         tiles, clusters = (sorted({algorithm[index] for algorithm in every}) for index in range(2))
         values = tiles, clusters, range(_OPTIONS), range(2)
         for algorithm in every:
@@ -154,10 +155,11 @@ class Search:
                     for number in numbers:
                         if time.monotonic() < end:
                             self._try(algorithm._replace(**{name: number}))
-        finalists = self._fastest(_FINALISTS)
+        finalists = [*self._fastest(_FINALISTS), *known]
         if self._rows >= _SUSTAINED_ROWS:  # where a fast one that takes much power may become a slow one
-            finalists += [algorithm for algorithm in first if algorithm in self._times]
-        finalists = [algorithm for algorithm in dict.fromkeys(finalists) if self._is_right(algorithm)]
+            finalists += proposed
+        timed = [algorithm for algorithm in dict.fromkeys(finalists) if algorithm in self._times]
+        finalists = [algorithm for algorithm in timed if self._is_right(algorithm)]
         pytorch, *us = self._time([self._by_pytorch, *(self._calls[algorithm] for algorithm in finalists)])
         return Result(self._layer, self._rows, pytorch, dict(zip(finalists, us, strict=True)), len(self._times))
 
@@ -241,6 +243,12 @@ def _sustained(once: Callable[[], float]) -> float:
             if measured:
                 times.append(microseconds)
     return statistics.median(times)
+
+
+def known_for(layer: Layer) -> dict[int, Algorithm]:
+    """Return the algorithms that are in the table, by class of rows."""
+    table = cublaslt.measured().items()
+    return {rows: algorithm for (n, k, rows), algorithm in table if (n, k) == (layer.n, layer.k)}
 
 
 def rows_of(layer: Layer, wanted: Sequence[int]) -> list[int]:

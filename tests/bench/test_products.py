@@ -13,7 +13,7 @@ from model.kernels.cublaslt import ROW_CLASSES, Algorithm
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench.products import TABLE, Result, rows_of, text_of, updated
+from bench.products import TABLE, Result, known_for, rows_of, text_of, updated
 from bench.small_linear import Layer, layers_of
 
 LAYER = Layer("8B", "down", 4096, 12288, adds=True)
@@ -39,6 +39,7 @@ def test_the_fastest_are_written_and_read(tmp_path: Path, monkeypatch: pytest.Mo
     cublaslt.measured.cache_clear()
     try:
         assert cublaslt.measured() == {(4096, 4096, 96): SLOWER, (4096, 12288, 256): FASTER}
+        assert known_for(LAYER) == {256: FASTER}
         assert cublaslt.is_measured("13.1.1")
         assert not cublaslt.is_measured("13.2.0")
     finally:
