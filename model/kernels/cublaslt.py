@@ -236,7 +236,7 @@ class Product:
     def __init__(self, library: Library, n: int, k: int, algorithm: AlgorithmStruct) -> None:
         """Raises CublasError."""
         self._library, self._algorithm = library, algorithm
-        self._rows, self._fits = 0, False
+        self._rows, self._fits, self._counts = 0, False, False
         # cuBLAS sees each tensor transposed, and gives out.T = weight @ x.T.
         self._kind = library.made("cublasLtMatmulDescCreate", _COMPUTE_FLOAT, _FLOAT)
         transposed = c_int32(1)
@@ -278,15 +278,19 @@ class Product:
         """
         assert x.shape[0] == out.shape[0] == self._rows, "it is prepared for other rows"
         library, result = self._library, c_void_p(out.data_ptr())
+        operands = (
+            *(library.handle, self._kind, byref(_ONE)),
+            *(weight.data_ptr(), self._weight, x.data_ptr(), self._x),
+            *(byref(_ONE if add else _ZERO), result, self._out, result, self._out),
+            byref(self._algorithm),
+        )
         stream = torch.cuda.current_stream(library.device).cuda_stream
-        workspace = (None, 0) if self._rows <= _UNCOUNTED_ROWS else (library.workspace.data_ptr(), _WORKSPACE_BYTES)
+        if self._rows <= _UNCOUNTED_ROWS and not self._counts:
+            # What `prepare` asks says what an algorithm takes, not whether it can go without. 13.1.0's can.
+            self._counts = library.functions.cublasLtMatmul(*operands, None, 0, stream) != 0
+            if not self._counts:
+                return
         try:
-            library.call(
-                "cublasLtMatmul",
-                *(library.handle, self._kind, byref(_ONE)),
-                *(weight.data_ptr(), self._weight, x.data_ptr(), self._x),
-                *(byref(_ONE if add else _ZERO), result, self._out, result, self._out),
-                *(byref(self._algorithm), *workspace, stream),
-            )
+            library.call("cublasLtMatmul", *operands, library.workspace.data_ptr(), _WORKSPACE_BYTES, stream)
         except CublasError as error:
             raise CublasError(f"{error}; LIGHTQWEN_WITHOUT=cublaslt leaves products to PyTorch") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,63 @@ def test_the_table_is_of_classes_that_are_looked_up() -> None:
 def test_nothing_on_a_cpu() -> None:
     n, k, rows = next(iter(measured()))
     assert product_for(torch.zeros((rows, k), dtype=torch.bfloat16), torch.zeros((n, k), dtype=torch.bfloat16)) is None
+
+
+class _Library:
+    """What a product asks of cuBLASLt, on a CPU; `least` is the workspace, in bytes, without which it does nothing."""
+
+    handle, device = None, torch.device("cpu")
+
+    def __init__(self, least: int) -> None:
+        self.functions, self.least, self.given = self, least, list[int]()
+        self.workspace = torch.empty(4096, dtype=torch.uint8)
+
+    def made(self, *_: object) -> None: ...
+
+    def layout(self, *_: object) -> None: ...
+
+    def call(self, function: str, *arguments: object) -> None:
+        if function == "cublasLtMatmul" and self.cublasLtMatmul(*arguments):
+            raise cublaslt.CublasError("cublasLtMatmul failed")
+
+    def cublasLtMatmulAlgoCheck(self, *_: object) -> int:
+        return 0
+
+    def cublasLtMatmul(self, *arguments: Any) -> int:
+        *_, workspace, size, _stream = arguments
+        assert (workspace is None) == (size == 0)
+        self.given.append(size)
+        return 7 * (size < self.least)
+
+
+@pytest.mark.parametrize(
+    ("rows", "least", "given"),
+    [
+        (256, 0, [0, 0]),
+        (257, 0, [4096, 4096]),
+        (256, 4, [0, 4096, 4096]),  # it remembers
+    ],
+)
+def test_few_rows_go_without_a_counter_where_they_can(
+    monkeypatch: pytest.MonkeyPatch, rows: int, least: int, given: list[int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    library = _Library(least)
+    product = cublaslt.Product(library, 8, 16, cublaslt.AlgorithmStruct())  # type: ignore[arg-type]
+    assert product.prepare(rows)
+    x, weight, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((rows, 16), (8, 16), (rows, 8)))
+    for _ in range(2):
+        product.run(x, weight, out)
+    assert library.given == given
+
+
+def test_a_product_that_fails_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    product = cublaslt.Product(_Library(10**6), 8, 16, cublaslt.AlgorithmStruct())  # type: ignore[arg-type]
+    assert product.prepare(1)
+    x, weight, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((1, 16), (8, 16), (1, 8)))
+    with pytest.raises(cublaslt.CublasError, match="LIGHTQWEN_WITHOUT=cublaslt"):
+        product.run(x, weight, out)
 
 
 def pair(rows: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
