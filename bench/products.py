@@ -6,9 +6,9 @@ proposes for this product and others like it. The fastest are changed in one num
 helps. As in `bench.kernels`, launches go round weights that exceed the L2 cache; those that decide are captured in CUDA
 graphs, whose replays take turns. Of 512 rows and more, which keep a GPU busy for so long that power limits its clock,
 each runs by itself until the clock has settled. (Gate and up too: a kernel with SiLU in it takes most of their classes,
-where CUDA C++ can be compiled.) --write puts what is more than 1.5 % faster than PyTorch's choice into
-model/kernels/algorithms.json, which the model reads; what was not measured stays as it is. A model takes some five
-minutes; fewer --rows or --layers make it less.
+where CUDA C++ can be compiled.) --write puts what is more than 1.5 % faster than PyTorch's choice (faster at all, where
+there is an entry) into model/kernels/algorithms.json, which the model reads; what was not measured stays as it is. A
+model takes some five minutes; fewer --rows or --layers make it less.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _sustained(once: Callable[[], float]) -> float:
 
 
 def known_for(layer: Layer) -> dict[int, Algorithm]:
-    """Return the algorithms that are in the table, by class of rows."""
+    """Return a layer's algorithms in the table, by class of rows."""
     table = cublaslt.measured().items()
     return {rows: algorithm for (n, k, rows), algorithm in table if (n, k) == (layer.n, layer.k)}
 
@@ -258,13 +258,16 @@ def rows_of(layer: Layer, wanted: Sequence[int]) -> list[int]:
 
 
 def updated(table: dict[str, Any], results: Iterable[Result], *, version: str, gpu: str) -> dict[str, Any]:
-    """Return the table with what was measured; of what was measured with another version nothing is left."""
+    """Return the table with what was measured; of what was measured with another version nothing is left.
+
+    Who has an entry keeps one for any gain: layers of several models share shapes, and differ in what PyTorch takes.
+    """
     known = table if cublaslt.same_numbers(table["cublaslt"], version) else {"gpus": [], "products": {}}
     products: dict[str, dict[str, Sequence[int]]] = known["products"]
     for result in results:
         entries = products.setdefault(f"{result.layer.n}x{result.layer.k}", {})
-        entries.pop(str(result.rows), None)
-        if result.us and result.gain > LEAST_GAIN:
+        least = 1.0 if entries.pop(str(result.rows), None) else LEAST_GAIN
+        if result.us and result.gain > least:
             entries[str(result.rows)] = list(result.best)
     in_order = {
         shape: {rows: entries[rows] for rows in sorted(entries, key=int)}

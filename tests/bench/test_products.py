@@ -57,6 +57,8 @@ def test_what_was_measured_takes_the_place_of_what_was() -> None:
     assert table["products"] == {"4096x12288": {"256": [3, 4, 0, 0]}}
     assert table["gpus"] == ["NVIDIA H100", "NVIDIA H200"]
     assert updated(table, [], version="13.1.1", gpu="NVIDIA H200")["products"] == table["products"]
+    table = updated(table, [result(256, 48.0, {FASTER: 47.9, SLOWER: 48.1})], version="13.1.0", gpu="NVIDIA H200")
+    assert table["products"] == {"4096x12288": {"256": list(FASTER)}}  # hardly a gain, but there was an entry
     table = updated(old, [result(1024, 30.0, {FASTER: 20.0})], version="13.2.0", gpu="NVIDIA H200")
     assert table == {"cublaslt": "13.2.0", "gpus": ["NVIDIA H200"], "products": {"4096x12288": {"1024": list(FASTER)}}}
 
