@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from bench.provenance import json_file, provenance
 from bench.server import Failed, serving
-from bench.shapes import SIZES, write_config
 from bench.workloads import Job, uniform
 from lightqwen.client import AsyncClient, Delta
+from model.published import SIZES, write_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

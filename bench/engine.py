@@ -29,8 +29,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.provenance import json_file, provenance
-from bench.shapes import SIZES, write_config
 from bench.workloads import Job, mixed_256, uniform
+from model.published import SIZES, write_config
 from worker.client import EngineClient, EngineRequest
 from worker.config import ConfigError, EngineConfig
 from worker.control import ChildEnd, Drain, Progress, Stop, Up

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from bench.provenance import json_file, provenance
-from bench.shapes import share, split_share, write_config
 from model.kernels.activation import silu_and_mul
 from model.kernels.attention import (
     SPLITTING,
@@ -37,6 +36,7 @@ from model.kernels.linear import linear, linear_add_norm, norm_linear
 from model.kernels.norm import Normed, add_rms_norm
 from model.kernels.rope_kv import Projected, qk_norm_rope_store
 from model.kernels.rows import empty_rows
+from model.published import share, split_share, write_config
 from model.sampler import SamplingTables, sample
 
 BATCHES = (1, 8, 64, 256)

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 
 from bench.provenance import json_file, provenance
-from bench.shapes import share
 from bench.small_linear import LAYERS, MODELS, ROTATED_BYTES, Layer, draw, layers_of
 from model.kernels import cublaslt
 from model.kernels.cublaslt import ROW_CLASSES, Algorithm, AlgorithmStruct, Library, Product, ResultStruct
 from model.kernels.runtime import is_hopper
 from model.kernels.tilings import tiling_for
+from model.published import share
 
 TABLE = Path(cublaslt.__file__).with_name("algorithms.json")
 LEAST_GAIN = 1.015

@@ -37,9 +37,9 @@ from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from bench.provenance import json_file, provenance, without
-from bench.shapes import SIZES, write_config
 from model.config import Qwen3Config
 from model.errors import ModelError
+from model.published import SIZES, write_config
 from worker.channel import PlanReceiver, PlanSender
 from worker.children import RankSpec
 from worker.config import ConfigError, EngineConfig

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.provenance import json_file, provenance
-from bench.shapes import SIZES, write_config
+from model.published import SIZES, write_config
 from service.terminal import read_ready_line
 
 LIGHTQWEN = (sys.executable, "-m", "service.cli")

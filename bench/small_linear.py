@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 
 from bench.provenance import json_file, provenance
-from bench.shapes import share, split_share, write_config
 from model.kernels import cluster_linear
 from model.kernels.cuda_source import SLICE
 from model.kernels.linear import linear_add_norm, norm_linear
@@ -51,6 +50,7 @@ from model.kernels.tilings import (
     most_clustered_rows,
     tiling_for,
 )
+from model.published import share, split_share, write_config
 
 LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
 MODELS = ("0.6B", "8B", "32B/2")  # size, and the ranks of a tensor-parallel group that share it

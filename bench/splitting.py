@@ -27,8 +27,8 @@ import torch
 
 from bench.kernels import DTYPE, Shape, decode_attention_case, integers, time_case
 from bench.provenance import json_file, provenance
-from bench.shapes import share
 from model.kernels.attention import SPLITTING, Splitting, plan_attention
+from model.published import share
 
 BATCHES = (1, 4, 7, 8, 12, 24, 64, 128)
 CONTEXTS = (300, 500, 1100, 2000, 8353)

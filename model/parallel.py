@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,12 @@ from model.peer_sums import PeerSums, Place, Room
 
 # torch 2.13 renamed it and warns about the old name; 2.11 has only that.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _together(collective: Callable[..., object], *tensors: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Make a collective, but where tensors have no memory: then there is nobody else."""
+    if not tensors[0].is_meta:
+        collective(*tensors, group=group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class TensorParallel:
             return x
         if self.peer_sums is not None and (total := self.peer_sums.sum(x, place, pushed=pushed)) is not None:
             return total
-        dist.all_reduce(x, group=self.group)
+        _together(dist.all_reduce, x, group=self.group)
         return x
 
     def all_reduce_add_rms_norm(
@@ -75,7 +82,7 @@ class TensorParallel:
             if done is not None:
                 return done
         if self.group is not None:
-            dist.all_reduce(x, group=self.group)
+            _together(dist.all_reduce, x, group=self.group)
         return add_rms_norm(x, residual, weight, eps)
 
     def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +90,7 @@ class TensorParallel:
         if self.group is None:
             return x
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        _all_gather_into(gathered, x.contiguous(), group=self.group)
+        _together(_all_gather_into, gathered, x.contiguous(), group=self.group)
         return gathered
 
     def room_for_columns(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
@@ -112,7 +119,7 @@ class TensorParallel:
         missing = -len(x) % self.size
         x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
         parts = torch.empty_like(x)
-        dist.all_to_all_single(parts, x, group=self.group)
+        _together(dist.all_to_all_single, parts, x, group=self.group)
         return _side_by_side(parts.view(self.size, -1, x.shape[1]), columns)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from model.errors import ModelError
 from model.kernels.peer_logits import Parts
 from model.kernels.peer_sum import EMPTY, OneShot, Push, TwoShots, Way, peer_sum, peer_sum_add_rms_norm
+from model.kernels.runtime import HOPPER_TO_BE
 from model.peer_logits import MAX_LOGITS_BYTES, PeerLogits
 
 MAX_SUM_BYTES = 8448 * 5120 * 2
@@ -107,19 +109,48 @@ class PeerSums:
     what is launched after the next sum does not find them any more. (`sum_add_rms_norm` may be given such a residual.)
 
     It must not go while a CUDA graph is being captured: its memory cannot be freed then, and PyTorch ends the process.
+    On a GPU that is still to be nobody is met, and nothing shared.
 
     Raises:
         ModelError: the memory cannot be shared; it names the way to do without.
     """
 
     def __init__(self, group: dist.ProcessGroup, limits: Limits, *, dtype: torch.dtype, device: torch.device) -> None:
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
         # All parts are aligned to 256 bytes, as memory is that PyTorch allocates.
         inbox, large = (-(-numel // 128) * 128 for numel in (limits.one_shot, limits.two_shots))
         rank, size = group.rank(), group.size()
         parts = [inbox * (size - 1)] * len(Place) + [large] * 2 + [limits.logits]
+        if device == HOPPER_TO_BE:
+            self._memory = torch.empty(sum(parts), dtype=dtype, device=device)
+            memories, all_flags = (torch.empty(size, dtype=torch.int64, device=device) for _ in range(2))
+        else:
+            memories, all_flags = self._share(group, parts, dtype=dtype, device=device)
+        *places, summand, output, logits = self._memory.split(parts)
+        meetings = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+
+        def addresses(part: torch.Tensor) -> torch.Tensor:
+            offset = int(part.storage_offset() - self._memory.storage_offset())
+            return memories + offset * dtype.itemsize
+
+        def one_shot(inboxes: torch.Tensor) -> OneShot:
+            # They are in the order of the ranks, but an owner has none for itself.
+            numbers = torch.tensor([rank - (rank > owner) for owner in range(size)], device=device)
+            theirs = addresses(inboxes) + numbers * (inbox * dtype.itemsize)
+            return OneShot(inboxes.view(size - 1, inbox), Push(rank, theirs))
+
+        self._one_shot = [one_shot(of_place) for of_place in places]
+        self._two_shots = TwoShots(rank, summand, addresses(summand), output, addresses(output), all_flags, meetings)
+        self.logits = PeerLogits(logits, Parts(rank, addresses(logits), all_flags, meetings))
+
+    def _share(
+        self, group: dist.ProcessGroup, parts: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Allocate this rank's memory, of which the first parts are inboxes, and its flags. Returns where each rank's
+        begin: [size] int64 of either."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # else the rendezvous would make a multicast object
+        rank, size = group.rank(), group.size()
         try:
             self._memory = symmetric_memory.empty((sum(parts),), dtype=dtype, device=device)
             self._flags = symmetric_memory.empty((size, MAX_PROGRAMS), dtype=torch.int32, device=device)
@@ -131,9 +162,8 @@ class PeerSums:
                 "set LIGHTQWEN_WITHOUT=symmetric_memory to leave sums and logits to NCCL"
             ) from error
         self._flags.zero_()
-        *places, summand, output, logits = self._memory.split(parts)
-        for of_place in places:
-            of_place.view(_INTEGERS[dtype.itemsize]).fill_(EMPTY)
+        inboxes = self._memory[: sum(parts[: len(Place)])]
+        inboxes.view(_INTEGERS[dtype.itemsize]).fill_(EMPTY)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # all flags are zero, and inboxes empty, before any rank writes to another
         # Views of every rank's memory, which must live as long as their addresses are used.
@@ -150,21 +180,7 @@ class PeerSums:
         memories, all_flags = (
             torch.tensor([view.data_ptr() for view in views], device=device) for views in self._views
         )
-        meetings = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
-
-        def addresses(part: torch.Tensor) -> torch.Tensor:
-            offset = int(part.storage_offset() - self._memory.storage_offset())
-            return memories + offset * dtype.itemsize
-
-        def one_shot(inboxes: torch.Tensor) -> OneShot:
-            # They are in the order of the ranks, but an owner has none for itself.
-            numbers = torch.tensor([rank - (rank > owner) for owner in range(size)], device=device)
-            theirs = addresses(inboxes) + numbers * (inbox * dtype.itemsize)
-            return OneShot(inboxes.view(size - 1, inbox), Push(rank, theirs))
-
-        self._one_shot = [one_shot(of_place) for of_place in places]
-        self._two_shots = TwoShots(rank, summand, addresses(summand), output, addresses(output), all_flags, meetings)
-        self.logits = PeerLogits(logits, Parts(rank, addresses(logits), all_flags, meetings))
+        return memories, all_flags
 
     def room(self, shape: torch.Size, dtype: torch.dtype, place: Place) -> Room | None:
         """What can be done for the sum of this place and shape [rows, width] beforehand; None if it is too large."""

@@ -58,19 +58,14 @@ def load_model(
     Raises:
         ModelError: the checkpoint does not fit its config, cannot be split, or does not fit on the device.
     """
-    config.check_parallel(tp.size)
-    attention = make_attention(
-        attention_backend,
-        num_heads=config.num_attention_heads // tp.size,
-        num_kv_heads=config.kv_heads_per_rank(tp.size),
-        head_dim=config.head_dim,
-        scale=config.head_dim**-0.5,
-        block_size=block_size,
+    model = empty_model(
+        config,
+        tp=tp,
         device=device,
         dtype=dtype,
-    )
-    model = Qwen3ForCausalLM(
-        config, attention, max_model_len=max_model_len, tp=tp, dtype=dtype, device=torch.device("meta")
+        attention_backend=attention_backend,
+        block_size=block_size,
+        max_model_len=max_model_len,
     )
     report = progress if progress is not None else _ignore_progress
     if load_format == "random":
@@ -85,6 +80,37 @@ def load_model(
         if isinstance(layer, ShardedModule):
             layer.finish()
     return model.eval()
+
+
+def empty_model(
+    config: Qwen3Config,
+    *,
+    tp: TensorParallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention_backend: str,
+    block_size: int,
+    max_model_len: int,
+) -> Qwen3ForCausalLM:
+    """Build this rank's part of a model that is to run on `device`, without memory for its weights (on meta). The
+    arguments are those of `load_model`.
+
+    Raises:
+        ModelError: it cannot be split, or has no such attention.
+    """
+    config.check_parallel(tp.size)
+    attention = make_attention(
+        attention_backend,
+        num_heads=config.num_attention_heads // tp.size,
+        num_kv_heads=config.kv_heads_per_rank(tp.size),
+        head_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+        block_size=block_size,
+        device=device,
+        dtype=dtype,
+    )
+    meta = torch.device("meta")
+    return Qwen3ForCausalLM(config, attention, max_model_len=max_model_len, tp=tp, dtype=dtype, device=meta)
 
 
 def checkpoint_shards(model: Qwen3ForCausalLM) -> dict[str, Shard]:

@@ -22,18 +22,19 @@ from model.config import Qwen3Config
 from model.inputs import StepInputs
 from model.kernels.ahead import compile_ahead
 from model.kernels.rows import empty_rows
-from model.kernels.runtime import wanted
+from model.kernels.runtime import HOPPER_TO_BE, wanted
+from model.kernels.shipped import use_shipped
 from model.kernels.tilings import ROW_CLASSES
 from model.parallel import TensorParallel
 from model.peer_sums import Limits, PeerSums, obstacle
 from model.qwen3 import Qwen3ForCausalLM
 from model.sampler import sample, sample_share
-from model.weights import load_model
+from model.weights import empty_model, load_model
 from worker.config import ConfigError, EngineConfig
 from worker.handover import Handover, Place
 from worker.parent import end_with
 from worker.plan import NO_ADMISSION, StepBounds, StepPlan
-from worker.runtime import RuntimeConfig
+from worker.runtime import RuntimeConfig, resolve
 from worker.shapes import StepShape, input_words, step_shapes
 from worker.tables import Rows, SlotTables, upload
 
@@ -281,6 +282,8 @@ def build_runner(
         ModelError: the checkpoint cannot be used.
         ConfigError: the memory does not hold one sequence.
     """
+    if runtime.on_gpu:
+        use_shipped()
     tp = _with_peer_sums(tp, config, runtime, checkpoint)
     model = load_model(
         config.model,
@@ -294,18 +297,8 @@ def build_runner(
         load_format=config.load_format,
         progress=lambda done, total: progress("loading weights", done, total),
     )
-    tables = SlotTables(
-        num_slots=runtime.max_running,
-        max_model_len=runtime.max_model_len,
-        block_size=runtime.block_size,
-        vocab_size=checkpoint.vocab_size,
-        device=runtime.device,
-    )
-    shape_of_block = (runtime.block_size, checkpoint.kv_heads_per_rank(tp.size), checkpoint.head_dim)
-    block_bytes = checkpoint.num_hidden_layers * 2 * int(np.prod(shape_of_block)) * runtime.dtype.itemsize
-    cache_of_one = torch.zeros(
-        (checkpoint.num_hidden_layers, 2, 1, *shape_of_block), dtype=runtime.dtype, device=runtime.device
-    )
+    tables, cache_of_one = _tables_of(checkpoint, runtime), _cache_of_one(checkpoint, runtime, tp)
+    block_bytes = cache_of_one.nbytes
     share_sampling = bool(_agree(int(_wants_shared_sampling(tp, runtime)), tp, runtime.device))
     if runtime.on_gpu and runtime.attention_backend == "triton":  # others follow what is not written in a trial
         progress("compiling kernels", 0, 0)
@@ -324,7 +317,7 @@ def build_runner(
         on_gpu = "raise gpu_memory_utilization, lower max_batched_tokens, or use more GPUs"
         remedy = on_gpu if runtime.on_gpu else "raise cpu_kv_gib"
         raise ConfigError(f"no memory for one KV block of {block_bytes} bytes beside weights and activations; {remedy}")
-    kv_cache = _allocate(checkpoint.num_hidden_layers, num_blocks, shape_of_block, block_bytes, runtime)
+    kv_cache = _allocate(checkpoint, num_blocks, block_bytes, runtime, tp)
     runner = Runner(model, tables, kv_cache, runtime, tp, share_sampling=share_sampling)
     if runtime.on_gpu:
         progress("warming up", 0, 0)
@@ -333,6 +326,32 @@ def build_runner(
             Runner(model, tables, kv_cache[:_TRIED_LAYERS], runtime, tp, share_sampling=share_sampling).run_shapes()
         runner.capture(progress)
     return runner
+
+
+def try_out_nowhere(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> None:
+    """Try all launches of one rank of a server, whose GPUs, Hoppers that reach one another's memory, are still to be.
+
+    Raises:
+        ModelError, ConfigError: no such server could run.
+    """
+    runtime = resolve(config, checkpoint, rank, HOPPER_TO_BE)
+    tp = TensorParallel.single()
+    if (size := config.tensor_parallel_size) > 1:
+        group = dist.ProcessGroup(rank, size)  # type: ignore[call-arg]  # of which nobody is asked for anything
+        shared = _peer_sums(group, runtime, checkpoint) if wanted("symmetric_memory") and config.nodes == 1 else None
+        tp = TensorParallel(rank, size, group, shared)
+    model = empty_model(
+        checkpoint,
+        tp=tp,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        attention_backend=runtime.attention_backend,
+        block_size=runtime.block_size,
+        max_model_len=runtime.max_model_len,
+    )
+    tables, cache_of_one = _tables_of(checkpoint, runtime), _cache_of_one(checkpoint, runtime, tp)
+    share_sampling = _wants_shared_sampling(tp, runtime)
+    _try_out(model, tables, cache_of_one, runtime, tp, share_sampling=share_sampling)
 
 
 def _try_out(
@@ -376,11 +395,15 @@ def _with_peer_sums(
         why = reason or "another rank has none"
         logger.info("rank=%d no sums and logits through shared memory: %s", tp.rank, why)
         return tp
-    device, dtype = runtime.device, runtime.dtype
+    return replace(tp, peer_sums=_peer_sums(tp.group, runtime, checkpoint))
+
+
+def _peer_sums(group: dist.ProcessGroup, runtime: RuntimeConfig, checkpoint: Qwen3Config) -> PeerSums:
+    size, device, dtype = group.size(), runtime.device, runtime.dtype
     summand = runtime.max_batched_tokens * checkpoint.hidden_size
-    logits = runtime.max_running * -(-checkpoint.vocab_size // tp.size)  # padded, as the head's weight is
-    limits = Limits.of(tp.size, dtype, summand=summand, logits=logits)
-    return replace(tp, peer_sums=PeerSums(tp.group, limits, dtype=dtype, device=device))
+    logits = runtime.max_running * -(-checkpoint.vocab_size // size)  # padded, as the head's weight is
+    limits = Limits.of(size, dtype, summand=summand, logits=logits)
+    return PeerSums(group, limits, dtype=dtype, device=device)
 
 
 def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:
@@ -388,12 +411,34 @@ def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:
     return tp.group is not None and runtime.on_gpu and wanted("sharded_sampling")
 
 
+def _tables_of(checkpoint: Qwen3Config, runtime: RuntimeConfig) -> SlotTables:
+    return SlotTables(
+        num_slots=runtime.max_running,
+        max_model_len=runtime.max_model_len,
+        block_size=runtime.block_size,
+        vocab_size=checkpoint.vocab_size,
+        device=runtime.device,
+    )
+
+
+def _shape_of_cache(checkpoint: Qwen3Config, num_blocks: int, block_size: int, tp: TensorParallel) -> tuple[int, ...]:
+    of_block = (block_size, checkpoint.kv_heads_per_rank(tp.size), checkpoint.head_dim)
+    return (checkpoint.num_hidden_layers, 2, num_blocks, *of_block)
+
+
+def _cache_of_one(checkpoint: Qwen3Config, runtime: RuntimeConfig, tp: TensorParallel) -> torch.Tensor:
+    """Return a KV cache of one block."""
+    shape = _shape_of_cache(checkpoint, 1, runtime.block_size, tp)
+    return torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
+
+
 def _allocate(
-    layers: int, num_blocks: int, shape_of_block: tuple[int, ...], block_bytes: int, runtime: RuntimeConfig
+    checkpoint: Qwen3Config, num_blocks: int, block_bytes: int, runtime: RuntimeConfig, tp: TensorParallel
 ) -> torch.Tensor:
+    shape = _shape_of_cache(checkpoint, num_blocks, runtime.block_size, tp)
     try:
         # Zeros, not garbage: attention multiplies masked values by zero, and a NaN would survive that.
-        return torch.zeros((layers, 2, num_blocks, *shape_of_block), dtype=runtime.dtype, device=runtime.device)
+        return torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise ConfigError(
             f"{num_blocks} KV blocks need {num_blocks * block_bytes / 2**30:.1f} GiB, "

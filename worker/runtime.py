@@ -51,17 +51,20 @@ class RuntimeConfig:
 
     @property
     def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        """Or on one that is still to be."""
+        return self.device.type != "cpu"
 
 
-def resolve(config: EngineConfig, checkpoint: Qwen3Config, rank: int) -> RuntimeConfig:
-    """Decide every default for this rank.
+def resolve(
+    config: EngineConfig, checkpoint: Qwen3Config, rank: int, device: torch.device | None = None
+) -> RuntimeConfig:
+    """Decide every default for this rank, on the device that is there for it or on another one.
 
     Raises:
         ConfigError, ModelError: the machine or the checkpoint cannot do what was asked for.
     """
-    device = _device(config, rank)
-    on_gpu = device.type == "cuda"
+    device = device or _device(config, rank)
+    on_gpu = device.type != "cpu"
     max_running = config.max_running or (256 if on_gpu else 64)
     flops_per_token = 2 * checkpoint.layer_parameters / config.tensor_parallel_size  # attention and head left out
     most = _default_batched_tokens(flops_per_token) if on_gpu else 1024

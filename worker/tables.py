@@ -247,4 +247,4 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     host = torch.from_numpy(np.array(array))  # a copy: the array may be a read-only view of a frame
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
-    return host
+    return host.to(device)

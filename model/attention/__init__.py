@@ -55,10 +55,10 @@ def resolve_backend(name: str, device: torch.device) -> BackendName:
         ModelError: `name` is unknown, or cannot run on `device`.
     """
     if name == "auto":
-        return "triton" if device.type == "cuda" else "torch"
+        return "torch" if device.type == "cpu" else "triton"
     if name not in get_args(BackendName):
         raise ModelError(f"unknown attention backend {name!r}; there are auto, {', '.join(get_args(BackendName))}")
-    if name != "torch" and device.type != "cuda":
+    if name != "torch" and device.type == "cpu":
         raise ModelError(f"attention backend {name} needs a GPU, but the device is {device}; use torch")
     return cast(BackendName, name)
 

@@ -98,13 +98,13 @@ def compile_ahead(
     settle: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
     begin: float = 0.0,
-) -> None:
+) -> bool:
     """Have in Triton's cache what `launch` launches, without launching it: what kernels would write stays as it is.
 
     Up to `processes` forked ones compile; each calls `settle` first. `progress` is told how many kernels are done, and
     of how many. Who does the same at the same time, such as other ranks, should `begin` elsewhere in the list, from 0
     to 1. Nothing is forked where all is in the cache. What cannot be compiled is logged, and will be found out by who
-    launches it.
+    launches it. Returns whether everything is in the cache.
 
     Raises:
         ModelError: the cache cannot be written, and not everything is in it.
@@ -113,11 +113,11 @@ def compile_ahead(
         launch()  # whatever follows, since ranks wait for one another in what is not a kernel of ours
     kernels = list(wanted.values())
     if processes < 2:
-        return
+        return False
     started = time.monotonic()
     try:
         if all(kernel.in_cache() for kernel in kernels):  # up to the first that was not
-            return
+            return True
     except OSError as error:
         if error.errno not in _NO_PLACE:
             raise
@@ -132,6 +132,7 @@ def compile_ahead(
     logger.info("compiled kernels=%d seconds=%.1f", len(kernels), time.monotonic() - started)
     if failed:
         logger.warning("compiling kernels ahead failed in %d processes", failed)
+    return not failed
 
 
 @contextmanager

@@ -113,6 +113,8 @@ def product_for(x: torch.Tensor, weight: torch.Tensor) -> Product | None:
     """
     if not x.dtype is weight.dtype is torch.bfloat16 or not is_hopper(x.device) or not wanted("cublaslt"):
         return None
+    if x.is_meta:  # a product of a library has no kernel of ours
+        return None
     rows = row_class(x.shape[0])
     product = None if rows is None else _product(x.device, *weight.shape, rows)
     if product is None or not (x.is_contiguous() and weight.is_contiguous() and product.prepare(x.shape[0])):

@@ -71,7 +71,7 @@ def streams(heads: int, head_dim: int, key_cache: torch.Tensor) -> bool:
 def programs_at_a_time(device: torch.device) -> int:
     """Return how many programs of `streamed_decode` a GPU runs; for a CPU, on which Triton's interpreter runs one after
     the other, those of one multiprocessor."""
-    return _PROGRAMS * (multiprocessors(device) if device.type == "cuda" else 1)
+    return _PROGRAMS * (1 if device.type == "cpu" else multiprocessors(device))
 
 
 def streamed_decode(

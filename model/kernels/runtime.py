@@ -32,6 +32,7 @@ except ImportError:
     gluon = gl = hopper = None
 
 __all__ = [
+    "HOPPER_TO_BE",
     "constexpr",
     "fetches_tiles",
     "gl",
@@ -49,6 +50,11 @@ __all__ = [
     "use_triton",
     "wanted",
 ]
+
+HOPPER_TO_BE = torch.device("meta")
+"""Stands for a Hopper that is not there. Meta tensors have shapes and no memory, which is all that it takes to try a
+launch (`model.kernels.ahead`); PyTorch's operations on them do nothing."""
+_HOPPER_MULTIPROCESSORS = 132  # of an H100 or H200 in its SXM form
 
 DISPENSABLE = (
     "pdl",
@@ -133,26 +139,32 @@ def constexpr(value: int) -> Any:
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Tell whether an operation on `x` runs as a Triton kernel: it does on CUDA, nowhere else.
+    """Tell whether an operation on `x` runs as a Triton kernel: it does on a GPU, there or to be, nowhere else.
 
-    Raises ModelError for a CUDA tensor where Triton is not installed.
+    Raises ModelError for such a tensor where Triton is not installed.
     """
-    if x.is_cuda and triton is None:
+    if x.is_cpu:
+        return False
+    if triton is None:
         raise ModelError(
             "running on CUDA needs the package triton, which is not installed; install it or use --device cpu"
         )
-    return x.is_cuda
+    return True
 
 
 @cache
 def is_hopper(device: torch.device) -> bool:
     """Tell whether `device` is a GPU of the generation (compute capability 9) that the project measures on."""
+    if device == HOPPER_TO_BE:
+        return True
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a GPU has."""
+    if device == HOPPER_TO_BE:
+        return _HOPPER_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

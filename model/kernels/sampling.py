@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.kernels.dependent import begin_dependents, dependent_launch, wait
-from model.kernels.runtime import jit, jit_once, tl, triton
+from model.kernels.runtime import jit, jit_once, tl, triton, use_triton
 
 if TYPE_CHECKING:
     from model.sampler import SamplingTables
@@ -96,7 +96,7 @@ def sample_triton(
         "MIN_TEMPERATURE": MIN_TEMPERATURE,
         "GROUP": _GROUP,
         "STOP_IDS": tables.stop_ids.shape[1],
-        "APPROX": logits.is_cuda,
+        "APPROX": use_triton(logits),
         "PDL": bool(dependent),
         "enable_fp_fusion": False,  # round as torch does
         **dependent,

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import bench.kernels
 from bench.kernels import BATCHES, LINEAR_ROWS, Shape, linear_cases
-from bench.shapes import share
+from model.published import share
 
 
 def test_a_rank_has_its_share(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.shapes import SIZES
 from model.kernels import cublaslt
 from model.kernels.cublaslt import ROW_CLASSES, Algorithm
+from model.published import SIZES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.shapes import SIZES
 from model.kernels import cluster_linear
 from model.kernels.cuda_source import SLICE
 from model.kernels.runtime import triton
 from model.kernels.small_linear import Tiling
 from model.kernels.tilings import Work, cluster_tiling, default_tiling, summing_tiling_for, tiling_for
+from model.published import SIZES
 from tests.model.kernels.test_compiling import SHARED_BYTES
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -27,12 +27,12 @@ def main(folder: str) -> None:
     triton.knobs.compilation.listener = listen
     compile_ahead = runner.compile_ahead
 
-    def watched(*args: Any, progress: Any, **options: Any) -> None:
+    def watched(*args: Any, progress: Any, **options: Any) -> bool:
         def tell(done: int, total: int) -> None:
             told.append(done)
             progress(done, total)
 
-        compile_ahead(*args, progress=tell, **options)
+        return compile_ahead(*args, progress=tell, **options)
 
     runner.compile_ahead = watched
     engine, shape = make_runner(Path(folder))

@@ -19,7 +19,7 @@ from transformers import Qwen3ForCausalLM as HfModel
 from model.kernels import cluster_linear, gated_linear, rows, small_linear
 from model.parallel import TensorParallel
 from tests.worker import gpu_rank
-from tests.worker.gpu_engine import MAX_LEN, generate, make_runner, make_scheduler, requests
+from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, make_scheduler, requests
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -132,6 +132,20 @@ def test_the_first_start_compiles_in_other_processes(checkpoint: Path, tmp_path:
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["others"] >= 20
     assert len(report["own"]) <= 1, "but for the first, which tells that nothing is there"
+
+
+def test_nothing_is_compiled_that_was_shipped(checkpoint: Path, tmp_path: Path) -> None:
+    """What was compiled by a process that sees no GPU is what steps launch on one."""
+    shipped = {"LIGHTQWEN_KERNELS": str(tmp_path / "shipped"), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    options = [f"max_model_len={MAX_LEN}", "max_running=16", "max_batched_tokens=512", f"block_size={BLOCK}"]
+    command = [sys.executable, "-m", "worker.compile", "--model", str(checkpoint), "--set", *options]
+    environment = {**os.environ, **shipped, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "tests.worker.first_start", str(checkpoint)]
+    done = subprocess.run(command, env={**os.environ, **shipped}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"own": [], "others": 0}
 
 
 @pytest.mark.usefixtures("_without")

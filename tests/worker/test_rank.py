@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.shapes import write_config
 from model.config import Qwen3Config
+from model.published import write_config
 from worker.children import RankSpec
 from worker.config import EngineConfig
 from worker.control import ChildEnd, Fatal, SupervisorEnd

@@ -1,4 +1,5 @@
-"""Compile ahead what a few steps launch, then run them: `compile_ahead.py CHECKPOINT`, without a GPU.
+"""Compile ahead what a few steps launch, then run them: `compile_ahead.py CHECKPOINT`, without a GPU. What is shipped
+in the folder that LIGHTQWEN_KERNELS names, if it is set, need not be compiled.
 
 Writes a line of JSON: how many kernels there are, which of them were compiled when the steps ran, and what was told of
 progress.
@@ -15,11 +16,13 @@ import triton
 
 from model.config import Qwen3Config
 from model.kernels.ahead import compile_ahead
+from model.kernels.shipped import use_shipped
 from tests.model.kernels.compile_only import run_steps, stand_in
 
 
 def main(folder: str) -> None:
     kernels = stand_in()
+    use_shipped()
     config = Qwen3Config.from_folder(folder)
     told: list[tuple[int, int]] = []
     settled: list[int] = []  # stays empty here: only the others settle

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.shapes import write_config
+from model.published import write_config
 
 pytest.importorskip("triton")
 
@@ -121,3 +121,25 @@ def test_what_is_compiled_ahead_is_there_when_steps_launch_it(shape: Path, tmp_p
             assert report["told"][-1] == [total, total]
         else:
             assert not report["told"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(450)
+def test_what_is_shipped_is_what_steps_launch(shape: Path, tmp_path: Path) -> None:
+    """Compiled for tensors without memory, and found for tensors that have some."""
+    environment = {**os.environ, "LIGHTQWEN_KERNELS": str(tmp_path / "shipped")}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "worker.compile", "--model", str(shape), "--set", "max_model_len=1024"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "all there" in done.stderr
+    shipped = {file.relative_to(tmp_path) for file in tmp_path.rglob("*")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "tests.model.kernels.compile_ahead", str(shape)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["kernels"] > 10
+    assert not report["told"], "processes compile what is shipped"
+    assert not report["compiled"]
+    assert {file.relative_to(tmp_path) for file in (tmp_path / "shipped").rglob("*")} == shipped - {Path("shipped")}

@@ -1,4 +1,5 @@
-"""The shapes of the published dense Qwen3 checkpoints, so that benchmarks run on random weights without a download.
+"""The shapes of the published dense Qwen3 checkpoints, of which benchmarks run on random weights, and for which kernels
+are compiled in advance: nothing is downloaded.
 
 Numbers from the config.json of each Qwen/Qwen3-* model card.
 """
