@@ -24,6 +24,18 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:
     triton = tl = None
+else:
+    from triton.runtime.jit import DependenciesFinder
+
+    _update_hash = DependenciesFinder._update_hash
+
+    def _constants_first(self: Any, function: Any) -> None:
+        # Up to 3.6 Triton takes over the constants of a called function before it has looked for them, so that the
+        # name of a kernel in the cache depends on what the process has compiled before. This makes it look.
+        _ = function.cache_key
+        _update_hash(self, function)
+
+    DependenciesFinder._update_hash = _constants_first
 try:  # it is called experimental
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
