@@ -30,6 +30,11 @@ RUN pip install --constraint constraints.txt ".[server]"
 
 FROM build AS build-cuda
 RUN pip install --constraint constraints.txt ".[server,gpu]"
+# Kernels of the published shapes, for H100 and H200, so that a new pod need not compile any: SIZE, or SIZE/RANKS. This
+# needs no GPU; --build-arg KERNELS= leaves them out. (Up to 3.6, Triton wants the driver's libcuda.so.1 for it.)
+ARG KERNELS="0.6B 1.7B 4B 8B 14B 32B 4B/2 8B/2 14B/2 32B/2 8B/4 14B/4 32B/4 32B/8"
+# hadolint ignore=SC2086
+RUN [ -z "${KERNELS}" ] || python -m worker.compile ${KERNELS}
 
 # ---- what both images are --------------------------------------------------------------------------------------------
 

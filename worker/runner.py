@@ -335,6 +335,8 @@ def try_out_nowhere(config: EngineConfig, checkpoint: Qwen3Config, rank: int) ->
         ModelError, ConfigError: no such server could run.
     """
     runtime = resolve(config, checkpoint, rank, HOPPER_TO_BE)
+    if runtime.attention_backend != "triton":
+        raise ConfigError(f"attention_backend={runtime.attention_backend}: only with triton can launches be tried")
     tp = TensorParallel.single()
     if (size := config.tensor_parallel_size) > 1:
         group = dist.ProcessGroup(rank, size)  # type: ignore[call-arg]  # of which nobody is asked for anything

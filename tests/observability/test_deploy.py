@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from model.published import SIZES, split_share
 from service.config import load_config
 from tests.observability.conftest import Promtool
 from tests.observability.expressions import load_dashboards
@@ -135,6 +136,14 @@ def test_the_context_is_enough_to_build_the_server(context: Path, tmp_path: Path
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"service/cli.py", "worker/rank.py", "model/qwen3.py", "lightqwen/client.py"} <= names
     assert "model/demo/model.safetensors" in names
+
+
+def test_kernels_are_compiled_for_shapes_that_there_are(root: Path) -> None:
+    given = [text.partition("=")[::2] for name, text in instructions(root) if name == "ARG"]
+    kernels = dict(given)["KERNELS"].strip('"').split()
+    assert {shape for shape in kernels if "/" not in shape} == set(SIZES)
+    for shape in kernels:
+        split_share(shape)
 
 
 def test_every_direct_dependency_is_pinned_within_its_bounds(root: Path) -> None:
