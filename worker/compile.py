@@ -119,5 +119,9 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 128 + 2  # what a shell reports after Ctrl-C
+        _say("\n")
     os._exit(code)  # at its end the interpreter would write what it still holds of Triton's, which nobody can mend
