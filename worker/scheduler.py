@@ -39,6 +39,13 @@ _NO_UPDATES = np.empty((0, 3), np.int32)
 _NO_ADMISSIONS = np.empty(0, ADMISSION)
 _NO_IDS = np.empty(0, np.int32)
 
+YIELD_S_PER_TOKEN = 2e-4
+MOST_YIELD_S = 1.0
+"""Requests that wait are seated in the order in which they came, as if each had come later by so many seconds for
+every token that is to be computed before its first new one, and by so many at most. So of those that come at once the
+shortest are first, which half of them and the mean gain from, and nobody is kept waiting by who comes later than
+that."""
+
 NO_TOKEN = -1  # a row that samples nothing, or that was done before the step
 BROKEN_ROW = -2  # a row whose logits hold a NaN
 
@@ -76,6 +83,7 @@ class Sequence:
     owner: int  # the gateway
     number: int  # the gateway's name for it
     arrival: int
+    turn: float = 0.0  # in seconds: of those that wait, the one with the earliest is seated first
     ids: np.ndarray  # [known tokens] int32, as of the last time that it began to wait
     num_prompt: int
     max_length: int
@@ -129,7 +137,8 @@ class Scheduler:
         self._hasher = BlockHasher(hash_key)
         self._pool = BlockPool(limits.num_blocks)
         self._sequences: dict[tuple[int, int], Sequence] = {}
-        self._waiting: list[tuple[int, Sequence]] = []  # a heap by arrival; sequences that are GONE are skipped
+        # A heap by turn, then by arrival; sequences that are GONE are skipped.
+        self._waiting: list[tuple[float, int, Sequence]] = []
         self._leaving: list[Sequence] = []
         self._arrivals = 0
         self._num_waiting = 0
@@ -354,12 +363,12 @@ class Scheduler:
         self._leave(sequence, requeue=True)
 
     def _admit(self, updates: list[tuple[int, int, int]]) -> Sequence | None:
-        """Give the longest waiting sequence a slot and the blocks for all its tokens, if both are there."""
-        while self._waiting and self._waiting[0][1].phase is not Phase.WAITING:
+        """Give the sequence whose turn it is a slot and the blocks for all its tokens, if both are there."""
+        while self._waiting and self._waiting[0][-1].phase is not Phase.WAITING:
             heapq.heappop(self._waiting)
         if not self._waiting or not self._free_slots:
             return None
-        sequence = self._waiting[0][1]
+        sequence = self._waiting[0][-1]
         cached = self._pool.find(sequence.digests) if sequence.shares_blocks else []
         missing = math.ceil(len(sequence.ids) / self.limits.block_size) - len(cached)
         left = self._pool.num_free - self._pool.count_cached(cached) - missing
@@ -485,9 +494,16 @@ class Scheduler:
         if sequence.shares_blocks:
             # The last token must be computed even if all before it are cached: its logits are wanted.
             self._extend_digests(sequence, sequence.ids[:-1])
-        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        sequence.turn = -math.inf if sequence.started else self._clock() + self._yield_of(sequence)
+        heapq.heappush(self._waiting, (sequence.turn, sequence.arrival, sequence))
         self._num_waiting += 1
         self._waiting_tokens += len(sequence.ids)
+
+    def _yield_of(self, sequence: Sequence) -> float:
+        """Return by how many seconds later it counts as having come."""
+        cached = self._pool.find(sequence.digests) if sequence.shares_blocks else []
+        tokens = len(sequence.ids) - len(cached) * self.limits.block_size
+        return min(YIELD_S_PER_TOKEN * tokens, MOST_YIELD_S)
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         self._num_waiting -= 1

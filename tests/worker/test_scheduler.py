@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.worker.fake_device import Expected, FakeDevice, expected_output
 from worker.messages import Finished, FinishReason, SamplingParams, Submit, ids_to_bytes
 from worker.plan import StepPlan
-from worker.scheduler import NO_TOKEN, Phase, PlannedStep, Scheduler, SchedulerLimits
+from worker.scheduler import MOST_YIELD_S, NO_TOKEN, Phase, PlannedStep, Scheduler, SchedulerLimits
 
 LIMITS = SchedulerLimits(
     vocab_size=13,
@@ -46,7 +47,9 @@ class Simulation:
         self.tokens: dict[Key, list[int]] = {}
         self.finished: dict[Key, Finished] = {}
         self.cancelled: set[Key] = set()
+        self.came: dict[Key, float] = {}
         self.started: list[Key] = []
+        self.seated: list[Key] = []  # started, or again
         self.restarts = 0
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -56,6 +59,7 @@ class Simulation:
         assert key not in self.requests
         self.requests[key] = request
         self.tokens[key] = []
+        self.came[key] = self.now
         self.scheduler.submit(owner, request)
         self.listen()
 
@@ -120,6 +124,7 @@ class Simulation:
             request = self.requests[key]
             known = len(request.prompt) // 4 + len(request.output) // 4 + started.again * len(self.tokens[key])
             assert started.cached_tokens < known
+            self.seated.append(key)
             if started.again:
                 self.restarts += 1
             else:
@@ -148,10 +153,11 @@ class Simulation:
         scheduler = self.scheduler
         if others_ran:
             assert scheduler._pool.num_free >= self.limits.watermark_blocks, "the watermark"
-        seated = [scheduler._in_slot(slot).arrival for slot in plan.admissions["slot"].tolist()]
-        waiting = [s.arrival for s in scheduler._sequences.values() if s.phase is Phase.WAITING]
-        assert seated == sorted(seated)
-        assert not waiting or seated[-1] < min(waiting), "somebody who came later was seated before"
+        seated = [scheduler._in_slot(slot) for slot in plan.admissions["slot"].tolist()]
+        waiting = [s for s in scheduler._sequences.values() if s.phase is Phase.WAITING]
+        turns = [(s.turn, s.arrival) for s in seated]
+        assert turns == sorted(turns)
+        assert not waiting or turns[-1] < min((s.turn, s.arrival) for s in waiting), "it was another one's turn"
 
     def check_outcome(self) -> None:
         """At the end: everybody got exactly what the model makes of the request alone, and nothing is left behind."""
@@ -165,10 +171,10 @@ class Simulation:
             else:
                 assert self.tokens[key] == expected.tokens, key
                 assert (finished.reason, finished.stop_id) == (expected.reason, expected.stop_id)
-        order = {key: index for index, key in enumerate(self.requests)}
-        assert [order[key] for key in self.started] == sorted(order[key] for key in self.started), (
-            "not first come first"
-        )
+        latest = -math.inf
+        for key in self.started:
+            assert self.came[key] >= latest - MOST_YIELD_S - 1e-9, "somebody came much later and was first"
+            latest = max(latest, self.came[key])
         self.check_idle()
 
     def check_idle(self) -> None:
@@ -300,6 +306,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         owner, number = data.draw(st.sampled_from(sorted(self.simulation.requests)))
         self.simulation.abort(number, owner)
 
+    @rule(seconds=st.sampled_from([1e-4, 1e-3, 0.4]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.simulation.now += seconds
+
     @rule()
     def abort_nobody(self) -> None:
         self.simulation.scheduler.abort(7, 7)
@@ -397,3 +407,52 @@ def test_prompts_leave_room_for_the_next_tokens_of_others() -> None:
     assert [step(), step()] == [[8], [4]]
     submit(1)
     assert [step(), step(), step(), step()] == [[1, 4], [1, 4], [1, 4], [1, 1]]
+
+
+def order_of(requests: list[tuple[float, list[int]]], *, before: Submit | None = None, **limits: object) -> list[int]:
+    """Return the numbers of requests that come at these seconds with these prompts, as they are started: one at a time.
+    `before` has ended when they come."""
+    simulation = Simulation(replace(LIMITS, max_running=1, max_model_len=8192, num_blocks=8192, **limits))
+    if before is not None:
+        simulation.submit(before)
+        simulation.run()
+    simulation.submit(make_submit(100, [1], 3))  # keeps the slot until all have come
+    simulation.turn()
+    for number, (seconds, prompt) in enumerate(requests):
+        simulation.now = seconds
+        simulation.submit(make_submit(number, prompt, 1))
+    while simulation.scheduler.has_work or simulation.in_flight:
+        simulation.turn()
+    return [number for _, number in simulation.started if number < 100]
+
+
+def test_of_those_that_come_at_once_the_shortest_are_first() -> None:
+    assert order_of([(0.0, [1] * 30), (0.0, [1] * 10), (0.0, [2] * 20), (0.0, [3] * 10)]) == [1, 3, 2, 0]
+
+
+def test_who_comes_much_later_is_not_first_however_short() -> None:
+    """A tenth of a second is what 500 tokens yield."""
+    assert order_of([(0.0, [1] * 501), (0.099, [1])]) == [1, 0]
+    assert order_of([(0.0, [1] * 501), (0.101, [1])]) == [0, 1]
+    assert order_of([(0.0, [1] * 8000), (0.999, [1])]) == [1, 0]
+    assert order_of([(0.0, [1] * 8000), (1.001, [1])]) == [0, 1]
+
+
+def test_a_prompt_counts_for_what_is_not_cached() -> None:
+    long = [3 * index % 13 for index in range(40)]
+    assert order_of([(0.0, [2] * 20), (0.0, [*long, 1])], before=make_submit(101, long, 1)) == [1, 0]
+    before = make_submit(101, long, 1)
+    assert order_of([(0.0, [2] * 20), (0.0, [*long, 1])], before=before, prefix_caching=False) == [0, 1]
+
+
+def test_who_was_preempted_goes_on_first() -> None:
+    """Though somebody shorter has come before."""
+    limits = replace(LIMITS, max_running=2, num_blocks=6, watermark_blocks=0, prefix_caching=False)
+    simulation = Simulation(limits)
+    simulation.submit(make_submit(0, [1] * 8, 12))
+    simulation.submit(make_submit(1, [2] * 8, 12))
+    for _ in range(2):
+        simulation.turn()
+    simulation.submit(make_submit(2, [3], 1))
+    simulation.run()
+    assert simulation.seated == [(0, 0), (0, 1), (0, 1), (0, 2)]
