@@ -72,7 +72,7 @@ def test_as_much_memory_is_shared_as_steps_need(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runner, "PeerSums", made)
     monkeypatch.setattr(runner, "obstacle", lambda size, device: "")
     monkeypatch.setattr(runner, "_agree", lambda number, tp, device: number)
-    tp = TensorParallel(0, 2, Mock())
+    tp = TensorParallel(0, 2, Mock(size=lambda: 2))
     runtime = Mock(on_gpu=True, dtype=torch.bfloat16, max_batched_tokens=300, max_running=10)
     changed = runner._with_peer_sums(tp, Mock(nodes=1), runtime, Mock(hidden_size=64, vocab_size=101))
     assert changed.peer_sums is made.return_value
