@@ -41,10 +41,9 @@ _NO_IDS = np.empty(0, np.int32)
 
 YIELD_S_PER_TOKEN = 2e-4
 MOST_YIELD_S = 1.0
-"""Requests that wait are seated in the order in which they came, as if each had come later by so many seconds for
-every token that is to be computed before its first new one, and by so many at most. So of those that come at once the
-shortest are first, which half of them and the mean gain from, and nobody is kept waiting by who comes later than
-that."""
+"""Prompts are computed in the order in which they came, as if each had come later by so many seconds for every token
+that is to be computed before its first new one, and by so many at most. So of those that come at once the shortest are
+first, a long one that has begun lets short ones pass, and nobody is kept waiting by who comes later than that."""
 
 NO_TOKEN = -1  # a row that samples nothing, or that was done before the step
 BROKEN_ROW = -2  # a row whose logits hold a NaN
@@ -83,7 +82,7 @@ class Sequence:
     owner: int  # the gateway
     number: int  # the gateway's name for it
     arrival: int
-    turn: float = 0.0  # in seconds: of those that wait, the one with the earliest is seated first
+    turn: float = 0.0  # in seconds: of those that wait, or have begun, the one with the earliest is first
     ids: np.ndarray  # [known tokens] int32, as of the last time that it began to wait
     num_prompt: int
     max_length: int
@@ -101,6 +100,11 @@ class Sequence:
     started: bool = False
     requeue: bool = False  # leaving to wait again
     farewell: Finished | None = None  # to be said when its blocks are free
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """Among those whose prompts are to be computed: the smallest is first."""
+        return self.turn, self.arrival
 
 
 @dataclass(slots=True, kw_only=True)
@@ -259,7 +263,8 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> PlannedStep | None:
-        """Decide the next step: every decode that has room, then prefill chunks, then newcomers, within the budget."""
+        """Decide the next step: every decode that has room, then prompts, begun or new, by their turn, within the
+        budget."""
         self._release_left()
         updates: list[tuple[int, int, int]] = []
         singles, longer = self._due()
@@ -268,16 +273,17 @@ class Scheduler:
         budget = limit - len(decodes)
         chunk_slots: list[int] = []
         chunk_lens: list[int] = []
-        for slot in longer:
-            if budget == 0:
-                break
-            if self._is_running(slot):  # else it made room for a decode
-                chunk_slots.append(slot)
-                chunk_lens.append(min(int(self._length[slot] - self._computed[slot]), budget))
-                budget -= chunk_lens[-1]
+        begun = [self._in_slot(slot) for slot in longer if self._is_running(slot)]  # others made room for a decode
+        begun.sort(key=lambda sequence: sequence.place, reverse=True)
         admitted: list[Sequence] = []
-        while budget > 0 and (sequence := self._admit(updates)) is not None:
-            admitted.append(sequence)
+        while budget > 0:
+            sequence = self._admit(updates, before=begun[-1] if begun else None)
+            if sequence is not None:
+                admitted.append(sequence)
+            elif begun:
+                sequence = begun.pop()
+            else:
+                break
             chunk_slots.append(sequence.slot)
             chunk_lens.append(min(int(self._length[sequence.slot] - self._computed[sequence.slot]), budget))
             budget -= chunk_lens[-1]
@@ -362,13 +368,16 @@ class Scheduler:
         self._preemptions += 1
         self._leave(sequence, requeue=True)
 
-    def _admit(self, updates: list[tuple[int, int, int]]) -> Sequence | None:
-        """Give the sequence whose turn it is a slot and the blocks for all its tokens, if both are there."""
+    def _admit(self, updates: list[tuple[int, int, int]], before: Sequence | None) -> Sequence | None:
+        """Give the waiting sequence whose turn it is, if that is earlier than `before`'s, a slot and the blocks for all
+        its tokens, if both are there."""
         while self._waiting and self._waiting[0][-1].phase is not Phase.WAITING:
             heapq.heappop(self._waiting)
         if not self._waiting or not self._free_slots:
             return None
         sequence = self._waiting[0][-1]
+        if before is not None and before.place < sequence.place:
+            return None
         cached = self._pool.find(sequence.digests) if sequence.shares_blocks else []
         missing = math.ceil(len(sequence.ids) / self.limits.block_size) - len(cached)
         left = self._pool.num_free - self._pool.count_cached(cached) - missing
@@ -495,7 +504,7 @@ class Scheduler:
             # The last token must be computed even if all before it are cached: its logits are wanted.
             self._extend_digests(sequence, sequence.ids[:-1])
         sequence.turn = -math.inf if sequence.started else self._clock() + self._yield_of(sequence)
-        heapq.heappush(self._waiting, (sequence.turn, sequence.arrival, sequence))
+        heapq.heappush(self._waiting, (*sequence.place, sequence))
         self._num_waiting += 1
         self._waiting_tokens += len(sequence.ids)
 

@@ -155,9 +155,9 @@ class Simulation:
             assert scheduler._pool.num_free >= self.limits.watermark_blocks, "the watermark"
         seated = [scheduler._in_slot(slot) for slot in plan.admissions["slot"].tolist()]
         waiting = [s for s in scheduler._sequences.values() if s.phase is Phase.WAITING]
-        turns = [(s.turn, s.arrival) for s in seated]
-        assert turns == sorted(turns)
-        assert not waiting or turns[-1] < min((s.turn, s.arrival) for s in waiting), "it was another one's turn"
+        places = [s.place for s in seated]
+        assert places == sorted(places)
+        assert not waiting or places[-1] < min(s.place for s in waiting), "it was another one's turn"
 
     def check_outcome(self) -> None:
         """At the end: everybody got exactly what the model makes of the request alone, and nothing is left behind."""
@@ -436,6 +436,33 @@ def test_who_comes_much_later_is_not_first_however_short() -> None:
     assert order_of([(0.0, [1] * 501), (0.101, [1])]) == [0, 1]
     assert order_of([(0.0, [1] * 8000), (0.999, [1])]) == [1, 0]
     assert order_of([(0.0, [1] * 8000), (1.001, [1])]) == [0, 1]
+
+
+def test_who_is_short_passes_a_long_prompt_that_has_begun() -> None:
+    limits = replace(LIMITS, max_running=3, max_model_len=8192, num_blocks=8192, max_batched_tokens=100)
+    simulation = Simulation(replace(limits, max_mixed_tokens=100, prefix_caching=False))
+
+    def submit(number: int, seconds: float, tokens: int) -> None:
+        simulation.now = seconds
+        simulation.submit(make_submit(number, [1] * tokens, 1))
+
+    def step() -> dict[int, int]:
+        planned = simulation.scheduler.plan()
+        assert planned is not None
+        numbers = [simulation.scheduler._in_slot(slot).number for slot in planned.plan.slots.tolist()]
+        simulation.listen()
+        simulation.device.launch(planned.plan)
+        simulation.in_flight.append(planned)
+        simulation.retire()
+        return dict(zip(numbers, planned.plan.query_lens.tolist(), strict=True))
+
+    submit(0, 0.0, 500)
+    assert step() == {0: 100}
+    submit(1, 0.05, 30)
+    assert step() == {1: 30, 0: 70}
+    submit(2, 0.11, 30)  # too late
+    assert [step(), step(), step(), step()] == [{0: 100}, {0: 100}, {0: 100}, {0: 30, 2: 30}]
+    simulation.check_outcome()
 
 
 def test_a_prompt_counts_for_what_is_not_cached() -> None:
