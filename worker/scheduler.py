@@ -135,9 +135,19 @@ class Notices:
 
 
 class Scheduler:
-    def __init__(self, limits: SchedulerLimits, *, hash_key: bytes, clock: Callable[[], float]) -> None:
+    """All of the above. With `yield_s_per_token` of 0 prompts are computed just in the order in which they came."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        hash_key: bytes,
+        clock: Callable[[], float],
+        yield_s_per_token: float = YIELD_S_PER_TOKEN,
+    ) -> None:
         self.limits = limits
         self._clock = clock
+        self._yield_s_per_token = yield_s_per_token
         self._hasher = BlockHasher(hash_key)
         self._pool = BlockPool(limits.num_blocks)
         self._sequences: dict[tuple[int, int], Sequence] = {}
@@ -512,7 +522,7 @@ class Scheduler:
         """Return by how many seconds later it counts as having come."""
         cached = self._pool.find(sequence.digests) if sequence.shares_blocks else []
         tokens = len(sequence.ids) - len(cached) * self.limits.block_size
-        return min(YIELD_S_PER_TOKEN * tokens, MOST_YIELD_S)
+        return min(self._yield_s_per_token * tokens, MOST_YIELD_S)
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         self._num_waiting -= 1
