@@ -31,8 +31,7 @@ _MAX_READERS = 8
 """Files read at the same time: enough to hide page faults and device copies behind each other."""
 
 
-def load_model(
-    folder: str | Path,
+def empty_model(
     config: Qwen3Config,
     *,
     tp: TensorParallel,
@@ -41,59 +40,13 @@ def load_model(
     attention_backend: str = "auto",
     block_size: int,
     max_model_len: int,
-    load_format: Literal["auto", "random"] = "auto",
-    progress: Progress | None = None,
 ) -> Qwen3ForCausalLM:
-    """Build this rank's part of the model on `device`, with weights, in eval mode.
-
-    Everything that can be wrong with the checkpoint is found before memory is taken on the device.
+    """Build this rank's part of a model that is to run on `device`, as yet without memory for its weights (on meta).
 
     Args:
-        folder: where the safetensors files are; not looked at with `load_format="random"`.
-        dtype: of weights and activations; the checkpoint's values are converted.
+        dtype: of weights and activations.
         block_size: tokens of one KV block.
         max_model_len: longest sequence in tokens.
-        load_format: `random` makes weights of the right shapes instead of reading any.
-
-    Raises:
-        ModelError: the checkpoint does not fit its config, cannot be split, or does not fit on the device.
-    """
-    model = empty_model(
-        config,
-        tp=tp,
-        device=device,
-        dtype=dtype,
-        attention_backend=attention_backend,
-        block_size=block_size,
-        max_model_len=max_model_len,
-    )
-    report = progress if progress is not None else _ignore_progress
-    if load_format == "random":
-        _materialize(model, device)
-        load_random(model, seed=0, progress=report)
-    else:
-        checkpoint = open_checkpoint(Path(folder))
-        check_checkpoint(model, checkpoint, folder)
-        _materialize(model, device)
-        load_weights(model, checkpoint, progress=report)
-    for layer in model.modules():
-        if isinstance(layer, ShardedModule):
-            layer.finish()
-    return model.eval()
-
-
-def empty_model(
-    config: Qwen3Config,
-    *,
-    tp: TensorParallel,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention_backend: str,
-    block_size: int,
-    max_model_len: int,
-) -> Qwen3ForCausalLM:
-    """Build this rank's part of a model that is to run on `device`, without memory for its weights (on meta). The
-    arguments are those of `load_model`.
 
     Raises:
         ModelError: it cannot be split, or has no such attention.
@@ -111,6 +64,41 @@ def empty_model(
     )
     meta = torch.device("meta")
     return Qwen3ForCausalLM(config, attention, max_model_len=max_model_len, tp=tp, dtype=dtype, device=meta)
+
+
+def load_model(
+    model: Qwen3ForCausalLM,
+    folder: str | Path,
+    *,
+    device: torch.device,
+    load_format: Literal["auto", "random"] = "auto",
+    progress: Progress | None = None,
+) -> Qwen3ForCausalLM:
+    """Give an empty model memory on the device that it was built for, and weights; return it in eval mode.
+
+    Everything that can be wrong with the checkpoint is found before memory is taken on the device.
+
+    Args:
+        folder: where the safetensors files are, whose values are converted to the model's dtype; not looked at with
+            `load_format="random"`.
+        load_format: `random` makes weights of the right shapes instead of reading any.
+
+    Raises:
+        ModelError: the checkpoint does not fit the model, or does not fit on the device.
+    """
+    report = progress if progress is not None else _ignore_progress
+    if load_format == "random":
+        _materialize(model, device)
+        load_random(model, seed=0, progress=report)
+    else:
+        checkpoint = open_checkpoint(Path(folder))
+        check_checkpoint(model, checkpoint, folder)
+        _materialize(model, device)
+        load_weights(model, checkpoint, progress=report)
+    for layer in model.modules():
+        if isinstance(layer, ShardedModule):
+            layer.finish()
+    return model.eval()
 
 
 def checkpoint_shards(model: Qwen3ForCausalLM) -> dict[str, Shard]:

@@ -286,14 +286,9 @@ def build_runner(
         use_shipped()
     tp = _with_peer_sums(tp, config, runtime, checkpoint)
     model = load_model(
+        _empty_model(checkpoint, runtime, tp),
         config.model,
-        checkpoint,
-        tp=tp,
         device=runtime.device,
-        dtype=runtime.dtype,
-        attention_backend=runtime.attention_backend,
-        block_size=runtime.block_size,
-        max_model_len=runtime.max_model_len,
         load_format=config.load_format,
         progress=lambda done, total: progress("loading weights", done, total),
     )
@@ -342,15 +337,7 @@ def try_out_nowhere(config: EngineConfig, checkpoint: Qwen3Config, rank: int) ->
         group = dist.ProcessGroup(rank, size)  # type: ignore[call-arg]  # of which nobody is asked for anything
         shared = _peer_sums(group, runtime, checkpoint) if wanted("symmetric_memory") and config.nodes == 1 else None
         tp = TensorParallel(rank, size, group, shared)
-    model = empty_model(
-        checkpoint,
-        tp=tp,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        attention_backend=runtime.attention_backend,
-        block_size=runtime.block_size,
-        max_model_len=runtime.max_model_len,
-    )
+    model = _empty_model(checkpoint, runtime, tp)
     tables, cache_of_one = _tables_of(checkpoint, runtime), _cache_of_one(checkpoint, runtime, tp)
     share_sampling = _wants_shared_sampling(tp, runtime)
     _try_out(model, tables, cache_of_one, runtime, tp, share_sampling=share_sampling)
@@ -411,6 +398,18 @@ def _peer_sums(group: dist.ProcessGroup, runtime: RuntimeConfig, checkpoint: Qwe
 def _wants_shared_sampling(tp: TensorParallel, runtime: RuntimeConfig) -> bool:
     """Tell whether this rank would share out the sampling of many rows. On a CPU, whether it pays is not known."""
     return tp.group is not None and runtime.on_gpu and wanted("sharded_sampling")
+
+
+def _empty_model(checkpoint: Qwen3Config, runtime: RuntimeConfig, tp: TensorParallel) -> Qwen3ForCausalLM:
+    return empty_model(
+        checkpoint,
+        tp=tp,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        attention_backend=runtime.attention_backend,
+        block_size=runtime.block_size,
+        max_model_len=runtime.max_model_len,
+    )
 
 
 def _tables_of(checkpoint: Qwen3Config, runtime: RuntimeConfig) -> SlotTables:

@@ -24,14 +24,14 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:
     triton = tl = None
-else:
+if triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     from triton.runtime.jit import DependenciesFinder
 
     _update_hash = DependenciesFinder._update_hash
 
     def _constants_first(self: Any, function: Any) -> None:
-        # Up to 3.6 Triton takes over the constants of a called function before it has looked for them, so that the
-        # name of a kernel in the cache depends on what the process has compiled before. This makes it look.
+        # Triton 3.6 takes over the constants of a called function before it has looked for them, so that the name of a
+        # kernel in the cache depends on what the process has compiled before; 3.9 looks first, and so does this.
         _ = function.cache_key
         _update_hash(self, function)
 

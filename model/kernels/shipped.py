@@ -7,7 +7,6 @@ not found, since entries have names that depend on both; then it is compiled as 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from functools import cache
@@ -16,8 +15,6 @@ from typing import Any
 
 from model.errors import ModelError
 from model.kernels.runtime import triton
-
-logger = logging.getLogger(__name__)
 
 VARIABLE = "LIGHTQWEN_KERNELS"
 
@@ -32,10 +29,18 @@ def compile_nowhere(into: Path) -> None:
     """Let this process compile for a Hopper that is not there (`HOPPER_TO_BE`), from now on, with `into` as the cache.
 
     Raises:
-        ModelError: Triton is not installed.
+        ModelError: Triton is not installed, or wants a library that is not there.
     """
     if triton is None:
         raise ModelError("compiling kernels needs the package triton, which is not installed")
+    if _compiles_launchers():
+        try:
+            _nvidia().library_dirs()
+        except (AssertionError, OSError) as error:
+            raise ModelError(
+                f"Triton {triton.__version__} also compiles what launches kernels, and finds no libcuda.so.1 for it; "
+                "name the folder of NVIDIA's driver library in TRITON_LIBCUDA_PATH, or install a newer Triton"
+            ) from error
     triton.runtime.driver.set_active(_Nowhere())
     triton.knobs.cache.dir = str(into)
 
@@ -55,10 +60,18 @@ class _Nowhere:
     def launcher_cls(self, source: Any, metadata: Any) -> None:
         """Compile what launches a kernel where Triton does so for each (up to 3.6), which takes the driver's library;
         others have nothing to do."""
-        from triton.backends.nvidia import driver
+        if _compiles_launchers():
+            _nvidia().CudaLauncher(source, metadata)
 
-        if hasattr(driver, "make_launcher"):
-            driver.CudaLauncher(source, metadata)
+
+def _compiles_launchers() -> bool:
+    return hasattr(_nvidia(), "make_launcher")
+
+
+def _nvidia() -> Any:
+    from triton.backends.nvidia import driver  # where it is not needed, a start does not wait for it
+
+    return driver
 
 
 def use_shipped() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -20,7 +20,7 @@ from model.kernels.small_linear import Tiling
 from model.kernels.tilings import tiling_for
 from model.parallel import TensorParallel
 from model.qwen3 import Qwen3ForCausalLM
-from model.weights import load_model
+from model.weights import Progress, empty_model, load_model
 
 CPU = torch.device("cpu")
 
@@ -55,13 +55,20 @@ def save_checkpoint(folder: Path, *, seed: int = 0, max_shard_size: str = "5GB",
     return model
 
 
-def load(folder: Path, *, tp: TensorParallel | None = None, block_size: int = 8, **options: Any) -> Qwen3ForCausalLM:
-    """Load a checkpoint with our code, on the CPU in float32 unless `options` of `load_model` say otherwise."""
+def load(
+    folder: Path,
+    *,
+    tp: TensorParallel | None = None,
+    block_size: int = 8,
+    load_format: Literal["auto", "random"] = "auto",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Qwen3ForCausalLM:
+    """Load a checkpoint with our code, on the CPU in float32 unless `options` of `empty_model` say otherwise."""
     config = Qwen3Config.from_folder(folder)
-    defaults = {"device": CPU, "dtype": torch.float32, "max_model_len": config.max_context}
-    return load_model(
-        folder, config, tp=tp or TensorParallel.single(), block_size=block_size, **{**defaults, **options}
-    )
+    options = {"device": CPU, "dtype": torch.float32, "max_model_len": config.max_context} | options
+    model = empty_model(config, tp=tp or TensorParallel.single(), block_size=block_size, **options)
+    return load_model(model, folder, device=options["device"], load_format=load_format, progress=progress)
 
 
 def unpack(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:

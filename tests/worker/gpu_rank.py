@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from model.config import Qwen3Config
 from model.parallel import TensorParallel
-from model.weights import load_model
+from model.weights import empty_model, load_model
 from tests.worker.gpu_engine import BLOCK, MAX_LEN, generate, make_runner, prompt_chunk, requests
 from worker import runner as runner_module
 
@@ -25,8 +25,7 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | N
     """bf16 logits of a prompt, computed whole or in steps of so many tokens: [tokens, vocab]."""
     shape = Qwen3Config.from_folder(folder)
     device = torch.device("cuda", tp.rank)
-    model = load_model(
-        folder,
+    empty = empty_model(
         shape,
         tp=tp,
         device=device,
@@ -34,8 +33,8 @@ def logits_of(folder: Path, tp: TensorParallel, ids: torch.Tensor, step: int | N
         attention_backend="triton",
         block_size=BLOCK,
         max_model_len=MAX_LEN,
-        load_format="auto",
     )
+    model = load_model(empty, folder, device=device)
     cache_shape = (shape.num_hidden_layers, 2, MAX_LEN // BLOCK, BLOCK, shape.kv_heads_per_rank(tp.size), 128)
     cache = torch.zeros(cache_shape, dtype=torch.bfloat16, device=device)
     chunks = ids.split(step or len(ids))

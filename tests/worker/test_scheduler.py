@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.worker.fake_device import Expected, FakeDevice, expected_output
 from worker.messages import Finished, FinishReason, SamplingParams, Submit, ids_to_bytes
 from worker.plan import StepPlan
-from worker.scheduler import MOST_YIELD_S, NO_TOKEN, Phase, PlannedStep, Scheduler, SchedulerLimits
+from worker.scheduler import MOST_YIELD_S, NO_TOKEN, YIELD_S_PER_TOKEN, Phase, PlannedStep, Scheduler, SchedulerLimits
 
 LIMITS = SchedulerLimits(
     vocab_size=13,
@@ -173,7 +173,10 @@ class Simulation:
                 assert (finished.reason, finished.stop_id) == (expected.reason, expected.stop_id)
         latest = -math.inf
         for key in self.started:
-            assert self.came[key] >= latest - MOST_YIELD_S - 1e-9, "somebody came much later and was first"
+            request = self.requests[key]
+            tokens = (len(request.prompt) + len(request.output)) // 4
+            yields = min(YIELD_S_PER_TOKEN * tokens, MOST_YIELD_S)
+            assert latest <= self.came[key] + yields + 1e-9, "somebody came later than that and was first"
             latest = max(latest, self.came[key])
         self.check_idle()
 
