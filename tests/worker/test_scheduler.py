@@ -309,7 +309,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         owner, number = data.draw(st.sampled_from(sorted(self.simulation.requests)))
         self.simulation.abort(number, owner)
 
-    @rule(seconds=st.sampled_from([1e-4, 1e-3, 0.4]))
+    @rule(seconds=st.sampled_from([1e-4, 1e-3, 1e-2, 0.4]))
     def let_time_pass(self, seconds: float) -> None:
         self.simulation.now += seconds
 
