@@ -14,7 +14,7 @@ own. A kernel that is launched so keeps three rules, and kernels that are not ma
 - `begin_dependents` promises nothing about memory, since whoever comes next waits for the end of this kernel and not
   for this call. It comes first, but where a kernel waits for few bytes again and again, in whose way would be what the
   next one fetches: sums over ranks call it behind `wait`, layers that sum not at all, which is when they end, and
-  `decode_attention` when it has its first queries.
+  attention in Gluon when it has its first queries.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.kernels.dependent import dependent_launch
 from model.kernels.runtime import (
     constexpr,
     fetches_tiles,
@@ -31,6 +32,7 @@ from model.kernels.runtime import (
 )
 from model.kernels.tiles import (
     as_words,
+    begin_dependents,
     copy_tile,
     hear,
     load_record,
@@ -38,6 +40,7 @@ from model.kernels.tiles import (
     queue_of_numbers,
     tell,
     tiles_of,
+    wait,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ def overlapped_prefill(
     _, block_size, kv_heads, _ = key_cache.shape
     group = heads // kv_heads
     pairs = kv_heads * triton.cdiv(group, 2)
+    dependent = dependent_launch(q)
     prefill_kernel[(min(multiprocessors(q.device), pairs * len(plan.tiles.records)),)](
         tiles_of(q.view(tokens, heads * head_dim), QUERIES, head_dim),
         *(tiles_of(cache.view(-1, kv_heads * head_dim), 64, head_dim) for cache in (key_cache, value_cache)),
@@ -91,7 +95,9 @@ def overlapped_prefill(
         TILE=128,
         STAGES=2,
         QUEUED=2,
+        PDL=bool(dependent),
         num_warps=4,
+        **dependent,
     )
 
 
@@ -146,6 +152,7 @@ def _stream(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     QUEUED: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """What one warp does: take units, tell the others of them, and ask for queries and tiles, each when its place is
     free. Which unit is next but one it asks for before a unit's tiles, so that it knows where the next one is."""
@@ -162,6 +169,7 @@ def _stream(
     unit = gl.program_id(0)
     record = load_record(records_ptr, unit // (KV_HEADS * PAIRS), True)[:5]  # there is one for each program
     upcoming = num_units
+    wait(PDL)  # whether or not there is a unit; the work lists, and they alone, are older than the launch before
     if num_units > programs:
         upcoming = programs + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
     while unit < num_units:
@@ -244,6 +252,7 @@ def _attend(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     QUEUED: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """What each of the two other groups does: QUERIES queries of one head, over all the keys they see."""
     queries, keys, values, units = memories
@@ -265,6 +274,7 @@ def _attend(
         first_position, end, num_tiles = _keys_seen(*place, QUERIES, TILE)
         own_q = queries.index(slot * 2 + WHICH)
         hopper.mbarrier.wait(queries_ready.index(slot), slot_phase)
+        begin_dependents(PDL)
         acc = gl.full([QUERIES, HEAD_DIM], 0.0, gl.float32, OUT)
         total = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
         if num_tiles > 0:
@@ -362,6 +372,7 @@ def prefill_kernel(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     QUEUED: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """One program, which takes units as it comes to them."""
     HEADS: gl.constexpr = KV_HEADS * GROUP
@@ -407,6 +418,7 @@ def prefill_kernel(
                     TILE,
                     STAGES,
                     QUEUED,
+                    PDL,
                 ),
             ),
             (
@@ -424,6 +436,7 @@ def prefill_kernel(
                     TILE,
                     STAGES,
                     QUEUED,
+                    PDL,
                 ),
             ),
             (
@@ -448,6 +461,7 @@ def prefill_kernel(
                     TILE,
                     STAGES,
                     QUEUED,
+                    PDL,
                 ),
             ),
         ],

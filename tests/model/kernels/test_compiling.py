@@ -54,6 +54,7 @@ DEPENDENT = {
     "_choose_kernel",
     "_decode_kernel",
     "decode_kernel",
+    "prefill_kernel",
     "_peer_logits_kernel",
     "_one_shot_kernel",
     "_two_shots_kernel",

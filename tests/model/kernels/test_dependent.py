@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 
 from model.kernels import dependent
 from model.kernels.activation import silu_and_mul
+from model.kernels.attention import paged_attention_triton, plan_attention
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope_kv import qk_norm_rope_store
 
@@ -63,6 +66,62 @@ def test_kernels_of_a_layer_in_a_row(triton_device: torch.device, monkeypatch: p
     for _ in range(10):
         out.fill_(torch.nan)
         caches.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+        assert torch.equal(caches, expected_caches)
+
+
+@pytest.mark.gpu
+def test_prompts_between_what_stores_and_what_reads(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention of a step's prompts waits for its queries, keys and values, and a norm for what it gives."""
+    heads, kv_heads, head_dim, block_size, length = 8, 4, 128, 64, 24
+    rows = [(1, 70), (100, 100), (30, 200), (300, 300)]  # queries, keys
+    queries, keys = (torch.tensor(column, dtype=torch.int32) for column in zip(*rows, strict=True))
+    starts = torch.tensor([0, *queries.cumsum(0)], dtype=torch.int32)
+    blocks = [-(-kv_len // block_size) for _, kv_len in rows]
+    tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
+    for row, (first, own) in enumerate(zip(accumulate(blocks, initial=1), blocks, strict=False)):
+        tables[row, :own] = torch.arange(first, first + own)
+    row_of = torch.repeat_interleave(torch.arange(len(rows)), queries)
+    positions = torch.cat([torch.arange(kv_len - new, kv_len) for new, kv_len in rows])
+    slots = (tables[row_of, positions // block_size] * block_size + positions % block_size).to(triton_device)
+    positions = positions.int().to(triton_device)
+    starts, keys, tables = starts.to(triton_device), keys.to(triton_device), tables.to(triton_device)
+    tokens = len(positions)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape).to(triton_device, dtype)
+
+    x, weights, qk_weight = draw(tokens, heads * head_dim), draw(length, heads * head_dim), draw(head_dim)
+    cos_sin = draw(int(keys.max()), head_dim, dtype=torch.float32)
+    older = draw(2, 1 + sum(blocks), block_size, kv_heads, head_dim)
+    caches = older.clone()
+    shape = {"num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+
+    def chain() -> torch.Tensor:
+        plan = plan_attention(starts, keys, tables, block_size=block_size, dtype=x.dtype, **shape)
+        normed, residual = x, x
+        for weight in weights:
+            q = qk_norm_rope_store(
+                torch.cat((normed, residual), dim=1),
+                *(qk_weight, qk_weight, cos_sin, positions, slots, caches[0], caches[1], heads, kv_heads, EPS),
+            )
+            attended = paged_attention_triton(q, caches[0], caches[1], tables, head_dim**-0.5, plan)
+            normed, residual = add_rms_norm(attended.flatten(1), residual, weight, EPS)
+        return normed
+
+    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl")
+    expected, expected_caches = chain(), caches.clone()
+    monkeypatch.delenv("LIGHTQWEN_WITHOUT")
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(10):
+        out.fill_(torch.nan)
+        caches.copy_(older)
         graph.replay()
         assert torch.equal(out, expected)
         assert torch.equal(caches, expected_caches)
