@@ -102,8 +102,10 @@ _STATES = {
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-def generation_request(message: generation_pb2.GenerateRequest, config: ServeConfig) -> GenerationRequest:
-    """Read a GenerateRequest.
+def generation_request(
+    message: generation_pb2.GenerateRequest, config: ServeConfig, *, tenant: str = ""
+) -> GenerationRequest:
+    """Read a GenerateRequest of a tenant.
 
     Raises:
         UnsupportedError: it asks for something that does not work yet.
@@ -122,6 +124,7 @@ def generation_request(message: generation_pb2.GenerateRequest, config: ServeCon
         skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         cache_salt=message.cache.cache_salt,
         use_prefix_cache=not message.cache.bypass_prefix_cache,
+        tenant=tenant,
     )
 
 
@@ -243,7 +246,7 @@ def _sampling(message: common_pb2.SamplingParameters) -> Sampling:
 def _stopping(message: common_pb2.StoppingParameters) -> Stopping:
     return Stopping(
         max_tokens=_optional(message, "max_tokens"),
-        min_tokens=_optional(message, "min_tokens"),
+        min_tokens=message.min_tokens,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         include_stop=message.include_stop,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import secrets
 import time
@@ -72,9 +71,8 @@ class GenerationServicer:
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:
         arrived = self._clock()
-        request = convert.generation_request(message, self._config)
+        request = convert.generation_request(message, self._config, tenant=self._identify(context))
         self._rules.check(request)
-        request = dataclasses.replace(request, tenant=self._identify(context))
         _refuse_expired(context)
         request_id = request.request_id or secrets.token_hex(12)
         with (
@@ -193,7 +191,7 @@ class GenerationServicer:
             skip_special=request.skip_special_tokens,
             stop=stopping.stop,
             include_stop=stopping.include_stop,
-            min_tokens=stopping.min_tokens or 0,
+            min_tokens=stopping.min_tokens,
         )
 
     def _engine_failure(self) -> ServeError:

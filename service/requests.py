@@ -53,7 +53,7 @@ class Sampling:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopping:
     max_tokens: int | None = None
-    min_tokens: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False

@@ -6,7 +6,6 @@ Order: what the request says of itself (`Rules.check`), then, once the prompt's 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import secrets
@@ -151,11 +150,10 @@ class Rules:
         stopping = request.stopping
         # A client that names no limit gets the engine's: the sequence then ends with CONTEXT_FULL, not MAX_TOKENS.
         limit = stopping.max_tokens if stopping.max_tokens is not None else self._card.default_max_tokens
-        min_tokens = stopping.min_tokens or 0
-        if min_tokens > min(room, room if limit is None else limit):
-            at_most = min(room, room if limit is None else limit)
+        at_most = room if limit is None else min(room, limit)
+        if stopping.min_tokens > at_most:
             raise InvalidRequestError(
-                [Violation("stopping.min_tokens", f"{min_tokens}, but at most {at_most} can be made")]
+                [Violation("stopping.min_tokens", f"{stopping.min_tokens}, but at most {at_most} can be made")]
             )
         return ResolvedRequest(
             request_id=request_id,
@@ -164,14 +162,14 @@ class Rules:
                 prompt_ids=prompt_ids,
                 sampling=self.resolve_sampling(request.sampling),
                 max_tokens=context_length if limit is None else limit,
-                min_tokens=min_tokens,
+                min_tokens=stopping.min_tokens,
                 eos_ids=() if stopping.ignore_eos else self._card.eos_ids,
                 stop_ids=tuple(dict.fromkeys(stopping.stop_token_ids)),
                 cache_salt=request.engine_salt,
                 use_prefix_cache=request.use_prefix_cache,
             ),
             max_tokens=room if limit is None else limit,
-            stopping=dataclasses.replace(stopping, min_tokens=min_tokens),
+            stopping=stopping,
             text=request.text,
             token_ids=request.token_ids,
             skip_special_tokens=request.skip_special_tokens,
@@ -238,16 +236,13 @@ class Rules:
 
     def _check_stopping(self, stopping: Stopping) -> list[Violation]:
         found: list[Violation] = []
-        if stopping.max_tokens is not None and stopping.max_tokens < 1:
-            found.append(Violation("stopping.max_tokens", f"must be at least 1, got {stopping.max_tokens}"))
-        if stopping.min_tokens is not None and stopping.min_tokens < 0:
-            found.append(Violation("stopping.min_tokens", f"must not be negative, got {stopping.min_tokens}"))
-        if None not in (stopping.max_tokens, stopping.min_tokens) and (stopping.min_tokens or 0) > (
-            stopping.max_tokens or 0
-        ):
-            found.append(
-                Violation("stopping.min_tokens", f"{stopping.min_tokens} is more than max_tokens {stopping.max_tokens}")
-            )
+        lowest, highest = stopping.min_tokens, stopping.max_tokens
+        if highest is not None and highest < 1:
+            found.append(Violation("stopping.max_tokens", f"must be at least 1, got {highest}"))
+        elif highest is not None and lowest > highest:
+            found.append(Violation("stopping.min_tokens", f"{lowest} is more than max_tokens {highest}"))
+        if lowest < 0:
+            found.append(Violation("stopping.min_tokens", f"must not be negative, got {lowest}"))
         return found + self._check_stop_strings(stopping) + self._check_stop_ids(stopping)
 
     def _check_stop_strings(self, stopping: Stopping) -> list[Violation]:
