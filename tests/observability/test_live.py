@@ -45,7 +45,8 @@ pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
 
 # Three are computed at a time, two wait, others are refused. The KV cache has not room for the whole of three.
 SMALL = ["--block-size", "16", "--num-blocks", "24", "--max-model-len", "320"]
-CROWDED = ["--max-running", "3", "--max-queued-requests", "2"]
+RUNNING = 3
+CROWDED = ["--max-running", str(RUNNING), "--max-queued-requests", "2"]
 TARGET_LABELS = {"namespace": "ai", "pod": "lightqwen-0", "release": "demo"}
 
 
@@ -205,8 +206,11 @@ def loaded(server: Server, prometheus: Prometheus) -> Prometheus:
 def _load(address: str) -> None:
     prompt = "Once upon a time there was a server. "
     with Client(address) as client:
-        # None is read before all are sent: no server is so fast that it would not be crowded.
-        calls = [client.generate(prompt * (1 + n % 3), max_tokens=160, ignore_eos=True, timeout=60) for n in range(16)]
+        calls = []
+        for n in range(16):
+            calls.append(client.generate(prompt * (1 + n % 3), max_tokens=160, ignore_eos=True, timeout=60))
+            if n < RUNNING:
+                next(iter(calls[n]))  # it has started: as many as may run do, for whom there are not enough blocks
         refused = [_is_refused(call) for call in calls]
         assert any(refused)
         assert not all(refused)
