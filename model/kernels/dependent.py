@@ -15,6 +15,8 @@ own. A kernel that is launched so keeps three rules, and kernels that are not ma
   for this call. It comes first, but where a kernel waits for few bytes again and again, in whose way would be what the
   next one fetches: sums over ranks call it behind `wait`, layers that sum not at all, which is when they end, and
   attention in Gluon when it has its first queries.
+
+Whether a kernel waits is tested with inputs that come late: all are among `LAUNCHES` in test_dependent.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

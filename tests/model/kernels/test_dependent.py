@@ -1,20 +1,38 @@
-"""Dependent launches: where they are made, and with the results of launches that wait for each other."""
+"""Dependent launches: where they are made, and that each waits for what it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from model.kernels import dependent
 from model.kernels.activation import silu_and_mul
-from model.kernels.attention import paged_attention_triton, plan_attention
-from model.kernels.norm import add_rms_norm
+from model.kernels.attention import paged_attention_triton, paged_decode_triton
+from model.kernels.dependent import begin_dependents, wait
+from model.kernels.gated_linear import Cut, gated_linear
+from model.kernels.norm import Scale, add_rms_norm, rms_norm
+from model.kernels.peer_sum import peer_sum_add_rms_norm
+from model.kernels.prefill_attention import overlapped_prefill
 from model.kernels.rope_kv import qk_norm_rope_store
+from model.kernels.runtime import jit, tl, triton
+from model.kernels.sampling import sample_triton
+from model.kernels.small_linear import Tiling, small_linear_add_norm_triton, small_linear_triton
+from tests.model.kernels.comparing import ON_HOPPER
+from tests.model.kernels.test_attention import make_batch, plan_of
+from tests.model.kernels.test_fused_decode import make_projected
+from tests.model.kernels.test_peer_logits import Group as Columns
+from tests.model.kernels.test_peer_sum import Group, Inboxes
+from tests.model.kernels.test_sampling import make_logits, mixed_tables
+from tests.model.kernels.test_small_linear import CLUSTER, FMA, RING
 
 EPS = 1e-6
+TWO = replace(FMA, rows=2)
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="only a Hopper has dependent launches")
 
 
 @pytest.mark.parametrize(
@@ -32,95 +50,252 @@ def test_options(monkeypatch: pytest.MonkeyPatch, without: str, hopper: bool, op
     assert dependent.dependent_launch(torch.empty(1)) == options
 
 
-@pytest.mark.gpu
-def test_kernels_of_a_layer_in_a_row(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reads what the one before wrote; a program that does not wait for it shows. Between them is one of torch."""
-    tokens, heads, kv_heads, head_dim, length = 48, 8, 4, 128, 24
-    width = (heads + 2 * kv_heads) * head_dim
-
-    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.randn(shape).to(triton_device, dtype)
-
-    x, weights, qk_weight = draw(tokens, width), draw(length, width), draw(head_dim)
-    cos_sin = draw(tokens, head_dim, dtype=torch.float32)
-    positions = torch.arange(tokens, dtype=torch.int32, device=triton_device)
-    slots = torch.randperm(tokens).to(triton_device)
-    caches = torch.empty(2, 1, tokens, kv_heads, head_dim, dtype=torch.bfloat16, device=triton_device)
-
-    def chain() -> torch.Tensor:
-        hidden, residual = x, x
-        for weight in weights:
-            hidden, residual = add_rms_norm(hidden, residual, weight, EPS)
-            q = qk_norm_rope_store(
-                hidden, qk_weight, qk_weight, cos_sin, positions, slots, caches[0], caches[1], heads, kv_heads, EPS
-            )
-            hidden = torch.cat((q.flatten(1), silu_and_mul(hidden)), dim=1)
-        return hidden
-
-    check_replays(chain, caches, torch.full_like(caches, torch.nan), monkeypatch)
+@jit
+def _late_kernel(
+    late_ptr,  # [count], what is copied
+    out_ptr,  # [count]
+    count,
+    nanoseconds,
+    BLOCK: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    """Let the next launch begin, and copy so many nanoseconds later."""
+    begin_dependents(True)
+    if WAITS:
+        wait(True)
+    begin = tl.extra.cuda.globaltimer()
+    now = begin
+    while now - begin < nanoseconds:
+        now = tl.extra.cuda.globaltimer()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + place, tl.load(late_ptr + place, mask=place < count), mask=place < count)
 
 
-@pytest.mark.gpu
-def test_prompts_between_what_stores_and_what_reads(
-    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Attention of a step's prompts waits for its queries, keys and values, and a norm for what it gives."""
-    heads, kv_heads, head_dim, block_size, length = 8, 4, 128, 64, 24
-    rows = [(1, 70), (100, 100), (30, 200), (300, 300)]  # queries, keys
-    queries, keys = (torch.tensor(column, dtype=torch.int32) for column in zip(*rows, strict=True))
-    starts = torch.tensor([0, *queries.cumsum(0)], dtype=torch.int32)
-    blocks = [-(-kv_len // block_size) for _, kv_len in rows]
-    tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
-    for row, (first, own) in enumerate(zip(accumulate(blocks, initial=1), blocks, strict=False)):
-        tables[row, :own] = torch.arange(first, first + own)
-    row_of = torch.repeat_interleave(torch.arange(len(rows)), queries)
-    positions = torch.cat([torch.arange(kv_len - new, kv_len) for new, kv_len in rows])
-    slots = (tables[row_of, positions // block_size] * block_size + positions % block_size).to(triton_device)
-    positions = positions.int().to(triton_device)
-    starts, keys, tables = starts.to(triton_device), keys.to(triton_device), tables.to(triton_device)
-    tokens = len(positions)
-
-    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.randn(shape).to(triton_device, dtype)
-
-    x, weights, qk_weight = draw(tokens, heads * head_dim), draw(length, heads * head_dim), draw(head_dim)
-    cos_sin = draw(int(keys.max()), head_dim, dtype=torch.float32)
-    older = draw(2, 1 + sum(blocks), block_size, kv_heads, head_dim)
-    caches = torch.empty_like(older)
-    shape = {"num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-
-    def chain() -> torch.Tensor:
-        plan = plan_attention(starts, keys, tables, block_size=block_size, dtype=x.dtype, **shape)
-        normed, residual = x, x
-        for weight in weights:
-            q = qk_norm_rope_store(
-                torch.cat((normed, residual), dim=1),
-                *(qk_weight, qk_weight, cos_sin, positions, slots, caches[0], caches[1], heads, kv_heads, EPS),
-            )
-            attended = paged_attention_triton(q, caches[0], caches[1], tables, head_dim**-0.5, plan)
-            normed, residual = add_rms_norm(attended.flatten(1), residual, weight, EPS)
-        return normed
-
-    check_replays(chain, caches, older, monkeypatch)
+def copy_late(tensor: torch.Tensor, out: torch.Tensor, nanoseconds: int = 20_000, *, waits: bool = True) -> None:
+    source, target = tensor.view(torch.int16).view(-1), out.view(torch.int16).view(-1)
+    _late_kernel[(triton.cdiv(len(source), 4096),)](
+        source, target, len(source), nanoseconds, BLOCK=4096, WAITS=waits, launch_pdl=True
+    )
 
 
-def check_replays(
-    chain: Callable[[], torch.Tensor], caches: torch.Tensor, before: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What `chain` returns, and leaves in `caches` where `before` was, is the same when its launches are dependent."""
+class Launch(NamedTuple):
+    """A launch whose inputs may come late."""
 
-    monkeypatch.setenv("LIGHTQWEN_WITHOUT", "pdl")
-    caches.copy_(before)
-    expected, expected_caches = chain(), caches.clone()
-    monkeypatch.delenv("LIGHTQWEN_WITHOUT")
-    caches.copy_(before)
-    chain()
+    call: Callable[..., Sequence[torch.Tensor]]
+    inputs: Sequence[torch.Tensor]
+    prepare: Callable[[], object] = lambda: None
+    """Puts back what a launch leaves in another state, before inputs come."""
+
+
+def results_of_late(launch: Launch) -> Iterator[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
+    """Yield what it returns for two draws of its inputs, and what it returns in a graph where these come late."""
+    places = launch.inputs
+    inputs = [place.clone() for place in places]
+
+    def late() -> Sequence[torch.Tensor]:
+        launch.prepare()
+        for place in places:
+            place.fill_(torch.nan)
+        for tensor, place in zip(inputs, places, strict=True):
+            copy_late(tensor, place)
+        return launch.call(*places)
+
+    late()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = chain()
-    for _ in range(10):
-        out.fill_(torch.nan)
-        caches.copy_(before)
+        outs = late()
+    for _ in range(2):  # so that what the last launch left is not what this one should find
+        for tensor, place in zip(inputs, places, strict=True):
+            tensor *= torch.rand_like(tensor)
+            place.copy_(tensor)
+        launch.prepare()
+        torch.cuda.synchronize()
+        expected = [out.clone() for out in launch.call(*places)]
         graph.replay()
-        assert torch.equal(out, expected)
-        assert torch.equal(caches, expected_caches)
+        torch.cuda.synchronize()
+        yield expected, outs
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_what_does_not_wait_shows(triton_device: torch.device) -> None:
+    """Else the next test would show nothing."""
+    x = torch.ones(1000, device=triton_device)
+
+    def copy(waits: bool) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        def call(tensor: torch.Tensor) -> list[torch.Tensor]:
+            out = torch.empty_like(tensor)
+            copy_late(tensor, out, 0, waits=waits)
+            return [out]
+
+        return call
+
+    for expected, outs in results_of_late(Launch(copy(True), [x])):
+        assert torch.equal(outs[0], expected[0])
+    for _, outs in results_of_late(Launch(copy(False), [x])):
+        assert outs[0].isnan().all()
+
+
+def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(device, dtype)
+
+
+def norm(device: torch.device) -> Launch:
+    weight = draw(1024, device=device)
+    return Launch(lambda x: [rms_norm(x, weight, EPS)], [draw(48, 1024, device=device)])
+
+
+def norm_of_sum(device: torch.device) -> Launch:
+    weight = draw(1024, device=device)
+    inputs = [draw(48, 1024, device=device) for _ in range(2)]
+    return Launch(lambda x, residual: add_rms_norm(x, residual, weight, EPS), inputs)
+
+
+def silu(device: torch.device) -> Launch:
+    return Launch(lambda x: [silu_and_mul(x)], [draw(48, 2048, device=device)])
+
+
+def rope(device: torch.device) -> Launch:
+    heads, kv_heads, tokens = 8, 4, 48
+    weight, cos_sin = draw(128, device=device), draw(tokens, 128, device=device, dtype=torch.float32)
+    slots = torch.arange(tokens, device=device)
+    positions = slots.int()
+    caches = torch.zeros(2, 1, 64, kv_heads, 128, dtype=torch.bfloat16, device=device)
+
+    def call(qkv: torch.Tensor) -> list[torch.Tensor]:
+        q = qk_norm_rope_store(qkv, weight, weight, cos_sin, positions, slots, *caches, heads, kv_heads, EPS)
+        return [q, caches]
+
+    return Launch(call, [draw(tokens, (heads + 2 * kv_heads) * 128, device=device)])
+
+
+def small_linear(device: torch.device, tiling: Tiling, *, scaled: bool = False, gated: bool = False) -> Launch:
+    k = 512
+    weight, gain, x = draw(256, k, device=device), draw(k, device=device), draw(tiling.rows, k, device=device)
+
+    def call(x: torch.Tensor, squares: torch.Tensor | None = None) -> list[torch.Tensor]:
+        scale = None if squares is None else Scale(squares, x, gain, EPS)
+        return [small_linear_triton(x, weight, scale=scale, gated=gated, tiling=tiling, pdl=True)]
+
+    return Launch(call, [x, *([torch.rand(tiling.rows, 5, device=device)] if scaled else [])])
+
+
+def small_linear_of_sum(device: torch.device, tiling: Tiling) -> Launch:
+    k, n = 512, 256
+    weight, gain = draw(n, k, device=device), draw(n, device=device)
+
+    def call(x: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+        options = {"tiling": tiling, "pdl": True}
+        normed, total = small_linear_add_norm_triton(x, weight, None, residual, gain, EPS, **options)
+        assert normed.scale is not None
+        return [normed.x, normed.scale.squares, total]
+
+    return Launch(call, [draw(tiling.rows, width, device=device) for width in (k, n)])
+
+
+def gate_and_up(device: torch.device, *, scaled: bool = False) -> Launch:
+    k, cut = 448, Cut(block_rows=96, groups=3, rows=90, features=296, programs=132)
+    weight, gain, x = draw(2 * cut.features, k, device=device), draw(k, device=device), draw(cut.rows, k, device=device)
+
+    def call(x: torch.Tensor, squares: torch.Tensor | None = None) -> list[torch.Tensor]:
+        scale = None if squares is None else Scale(squares, x, gain, EPS)
+        return [gated_linear(x, weight, scale=scale, cut=cut, pdl=True)]
+
+    return Launch(call, [x, *([torch.rand(cut.rows, 5, device=device)] if scaled else [])])
+
+
+def decode(device: torch.device, head_dim: int) -> Launch:
+    rows = [(1, 70), (1, 700), (1, 0)]
+    batch = make_batch(rows, head_dim=head_dim, block_size=64, dtype=torch.bfloat16, device=device)
+    plan = plan_of(batch, max_chunk_rows=0)
+
+    def call(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        return [paged_attention_triton(q, keys, values, batch.block_tables, batch.scale, plan)]
+
+    return Launch(call, [batch.q, batch.key_cache, batch.value_cache])
+
+
+def fused_decode(device: torch.device, head_dim: int) -> Launch:
+    rows = [(1, 70), (1, 700), (1, 0)]
+    batch = make_batch(rows, head_dim=head_dim, block_size=64, dtype=torch.bfloat16, device=device)
+    plan, projected = plan_of(batch, max_chunk_rows=0), make_projected(batch)
+    caches = batch.key_cache, batch.value_cache
+
+    def call(qkv: torch.Tensor) -> list[torch.Tensor]:
+        return [paged_decode_triton(replace(projected, qkv=qkv), *caches, batch.block_tables, batch.scale, plan)]
+
+    return Launch(call, [projected.qkv])
+
+
+def prefill(device: torch.device) -> Launch:
+    """Alone: in a step decode attention comes before it."""
+    batch = make_batch([(100, 100), (30, 200)], head_dim=128, block_size=64, dtype=torch.bfloat16, device=device)
+    plan = plan_of(batch)
+
+    def call(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        out = torch.empty_like(q)
+        overlapped_prefill(q, keys, values, batch.block_tables, plan, out, batch.scale)
+        return [out]
+
+    return Launch(call, [batch.q, batch.key_cache, batch.value_cache])
+
+
+def sampling(device: torch.device) -> Launch:
+    tables, slots = mixed_tables(device), torch.arange(8, device=device)
+    lengths = torch.full((8,), 7, dtype=torch.int32, device=device)
+    logits = make_logits(8, torch.bfloat16, device)
+    return Launch(lambda logits: [sample_triton(logits, slots, lengths, tables)], [logits])
+
+
+def sum_of_ranks(device: torch.device, group_of: type[Inboxes] | type[Group]) -> Launch:
+    """By one rank, whose peer has been there before."""
+    shape = (7, 256)
+    group = group_of(0, 2, shape, torch.bfloat16, device)
+    weight, residual = draw(shape[1], device=device), draw(*shape, device=device)
+
+    def call(x: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+        normed, total = peer_sum_add_rms_norm(x, residual, weight, EPS, group.way)
+        return [normed[::2], total[::2]]  # the rows that this rank has in two shots
+
+    return Launch(call, [group.x, residual], group.put)
+
+
+def logits_of_ranks(device: torch.device) -> Launch:
+    group = Columns(0, 2, 7, 128, torch.bfloat16, device)
+    for memory in group.memory:
+        memory.copy_(torch.randn(memory.shape))
+    return Launch(lambda _: [group.gather(share=False)], [group.memory[0]], group.put)
+
+
+LAUNCHES: dict[str, Callable[[torch.device], Launch]] = {
+    "norm": norm,
+    "norm of a sum": norm_of_sum,
+    "SiLU": silu,
+    "RoPE": rope,
+    **{
+        f"{tiling.form}, {tiling.rows} rows": partial(small_linear, tiling=tiling)
+        for tiling in (FMA, TWO, RING, CLUSTER)
+    },
+    **{f"{tiling.form}, scaled": partial(small_linear, tiling=tiling, scaled=True) for tiling in (FMA, RING, CLUSTER)},
+    **{f"{tiling.form}, gated": partial(small_linear, tiling=tiling, gated=True) for tiling in (FMA, RING)},
+    **{f"{tiling.form}, of a sum": partial(small_linear_of_sum, tiling=tiling) for tiling in (FMA, RING, CLUSTER)},
+    "gated": gate_and_up,
+    "gated, scaled": partial(gate_and_up, scaled=True),
+    **{f"decode, {head_dim}": partial(decode, head_dim=head_dim) for head_dim in (64, 128)},
+    **{f"fused decode, {head_dim}": partial(fused_decode, head_dim=head_dim) for head_dim in (64, 128)},
+    "prefill": prefill,
+    "sampling": sampling,
+    "sum of ranks in one shot": partial(sum_of_ranks, group_of=Inboxes),
+    "sum of ranks in two shots": partial(sum_of_ranks, group_of=Group),
+    "logits of ranks": logits_of_ranks,
+}
+"""Of each kernel that is launched so, and of each place where it waits."""
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_inputs_may_come_late(triton_device: torch.device, launch: str) -> None:
+    for expected, outs in results_of_late(LAUNCHES[launch](triton_device)):
+        for out, own in zip(outs, expected, strict=True):
+            assert torch.equal(out, own)

@@ -36,6 +36,10 @@ class Group:
         )
         self.rows, self.width, self.columns, self.dtype = rows, width, columns, dtype
 
+    def put(self) -> None:
+        """Let this rank have come to no more meetings than at the beginning."""
+        self.parts.meetings.fill_(LAST_INT32 - 1)
+
     def gather(self, *, share: bool) -> torch.Tensor:
         return peer_logits(self.rows, self.width, self.columns, self.dtype, self.parts, share=share)
 

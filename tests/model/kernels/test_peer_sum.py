@@ -76,6 +76,10 @@ class Group:
             torch.full((MAX_PROGRAMS,), self.begun, dtype=torch.int32, device=device),
         )
 
+    def put(self) -> None:
+        """Let this rank have come to no more meetings than at the beginning."""
+        self.way.meetings.fill_(self.begun)
+
     def check_told(self, programs: int) -> None:
         """So many programs of this rank have told each of its peers, and nobody else, that they have come twice."""
         rank, rest = self.way.rank, MAX_PROGRAMS - programs
