@@ -121,11 +121,7 @@ def compile_ahead(
     except OSError as error:
         if error.errno not in _NO_PLACE:
             raise
-        where = error.filename or triton.knobs.cache.dir
-        raise ModelError(
-            f"cannot keep compiled kernels: {where}: {error.strerror}; "
-            "let this user write there and make room, or name another folder in TRITON_CACHE_DIR"
-        ) from error
+        raise ModelError(_no_place(error)) from error
     first = int(begin * len(kernels))
     kernels = kernels[first:] + kernels[:first]  # those that are there are done at once
     failed = _compile_in_processes(kernels, min(processes, len(kernels)), settle, progress)
@@ -133,6 +129,14 @@ def compile_ahead(
     if failed:
         logger.warning("compiling kernels ahead failed in %d processes", failed)
     return not failed
+
+
+def _no_place(error: OSError) -> str:
+    where = error.filename or triton.knobs.cache.dir
+    return (
+        f"cannot keep compiled kernels: {where}: {error.strerror}; "
+        "let this user write there, make room, or name another folder in TRITON_CACHE_DIR (worker.compile: by --into)"
+    )
 
 
 @contextmanager
@@ -167,10 +171,14 @@ def _compile_in_processes(
     kernels: list[_Wanted], processes: int, settle: Callable[[], None], progress: Callable[[int, int], None]
 ) -> int:
     """Return how many of the processes failed. Each takes the number of the next kernel from one pipe, and tells of it
-    in another when it is done, which ends when all have."""
+    in another when it is done, which ends when all have. In a third one it says that there is no place for kernels.
+
+    Raises ModelError where one has said so.
+    """
     device = triton.runtime.driver.active.get_current_device()
     todo, give = os.pipe()
     told, done = os.pipe()
+    reasons, complain = os.pipe()
     # All that there is to do, before anybody can be gone who would take it; a pipe has room for thousands.
     os.write(give, b"".join(number.to_bytes(_WORD, "little") for number in range(len(kernels))))
     os.close(give)
@@ -185,20 +193,25 @@ def _compile_in_processes(
             code = 1
             try:
                 os.close(told)
+                os.close(reasons)
                 settle()
-                code = _take_and_compile(kernels, todo, done, device)
+                code = _take_and_compile(kernels, todo, done, complain, device)
             finally:
                 os._exit(code)  # nothing of the parent's is to be cleaned up here
         children.append(child)
-    os.close(todo)
-    os.close(done)
+    for end in (todo, done, complain):
+        os.close(end)
     count = 0
     progress(count, len(kernels))
     while arrived := os.read(told, _WORD * len(kernels)):
         count += len(arrived) // _WORD
         progress(count, len(kernels))
     os.close(told)
-    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    failed = sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    with open(reasons, encoding="utf-8") as lines:
+        if reason := lines.readline():
+            raise ModelError(reason.rstrip())
+    return failed
 
 
 def _fork() -> int:
@@ -207,8 +220,8 @@ def _fork() -> int:
         return os.fork()
 
 
-def _take_and_compile(kernels: list[_Wanted], todo: int, done: int, device: int) -> int:
-    """Compile as long as there is something to do; return 1 if anything failed, else 0."""
+def _take_and_compile(kernels: list[_Wanted], todo: int, done: int, complain: int, device: int) -> int:
+    """Compile as long as there is something to do, and place for it; return 1 if anything failed, else 0."""
     # PyTorch would ask CUDA, which does not work in a forked process.
     triton.runtime.driver.active.get_current_device = lambda: device
     failed = 0
@@ -216,7 +229,11 @@ def _take_and_compile(kernels: list[_Wanted], todo: int, done: int, device: int)
         kernel = kernels[int.from_bytes(taken, "little")]
         try:
             kernel.compile()
-        except Exception:  # whatever it is, it comes again where the kernel is launched, and is not lost there
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _NO_PLACE:
+                os.write(complain, f"{_no_place(error)}\n".encode())
+                return 1
+            # Whatever it is, it comes again where the kernel is launched, and is not lost there.
             logger.warning("cannot compile %s ahead", kernel.name, exc_info=True)
             failed = 1
         os.write(done, taken)

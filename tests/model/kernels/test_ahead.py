@@ -179,6 +179,24 @@ def test_a_cache_that_cannot_be_written_is_told(kernels: list[Kernel], monkeypat
         compile_ahead()
 
 
+def test_a_cache_that_fills_up_meanwhile_is_told(
+    kernels: list[Kernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, compile_one = 7, Kernel.compile
+
+    def fill(kernel: Kernel) -> None:
+        if int(kernel.name) >= room:
+            raise OSError(errno.ENOSPC, "No space left on device", "/cache/triton/AB")
+        compile_one(kernel)
+
+    monkeypatch.setattr(Kernel, "compile", fill)
+    files, processes = set(os.listdir("/proc/self/fd")), children()
+    with pytest.raises(ModelError, match=r"compiled kernels: /cache/triton/AB: No space left .* TRITON_CACHE_DIR"):
+        compile_ahead()
+    assert (set(os.listdir("/proc/self/fd")), children()) == (files, processes)
+    assert len(compilers(tmp_path)) == room
+
+
 def test_what_else_cannot_be_read_is_not_blamed_on_the_cache(
     kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
