@@ -289,7 +289,7 @@ LAUNCHES: dict[str, Callable[[torch.device], Launch]] = {
     "sum of ranks in two shots": partial(sum_of_ranks, group_of=Group),
     "logits of ranks": logits_of_ranks,
 }
-"""Of each kernel that is launched so, and of each place where it waits."""
+"""Of each kernel that is launched so. (That fused decode attention waits for its tickets, no input shows.)"""
 
 
 @pytest.mark.gpu
