@@ -29,6 +29,7 @@ class StepInputs:
     kv_lens: torch.Tensor  # [rows] keys that the row's last query sees, this step's included
     block_tables: torch.Tensor  # [rows, max_blocks] KV block of each block_size tokens; entries past kv_len are garbage
     num_decode_rows: int  # rows at the front that are known to have one query
+    max_single_rows: int  # at most so many rows have one query, those at the front included
     max_chunk_rows: int  # at most so many rows have more than one
     max_query_len: int  # over all rows
     max_kv_len: int  # over all rows

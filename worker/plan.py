@@ -59,6 +59,7 @@ class StepBounds:
 
     num_tokens: int
     num_decode_rows: int  # rows at the front that are known to have one query
+    max_single_rows: int  # at most so many rows have one query, those at the front included
     max_chunk_rows: int  # at most so many rows have more than one
     max_query_len: int
     max_kv_len: int
@@ -78,9 +79,11 @@ class StepPlan:
     admissions: np.ndarray  # [admissions] ADMISSION
     admitted_ids: np.ndarray  # [sum of num_ids] int32
     num_tokens: int = field(init=False)
+    num_single_rows: int = field(init=False)  # decodes, and chunks of one token
 
-    def __post_init__(self) -> None:
-        self.num_tokens = int(self.query_lens.sum())  # once: the runner asks for it of each graph that may fit
+    def __post_init__(self) -> None:  # once: the runner asks for these of each graph that may fit
+        self.num_tokens = int(self.query_lens.sum())
+        self.num_single_rows = int(np.count_nonzero(self.query_lens == 1))
 
     @property
     def num_rows(self) -> int:
@@ -91,6 +94,7 @@ class StepPlan:
         return StepBounds(
             num_tokens=self.num_tokens,
             num_decode_rows=self.num_decode_rows,
+            max_single_rows=self.num_single_rows,
             max_chunk_rows=self.num_rows - self.num_decode_rows,
             max_query_len=self.max_query_len,
             max_kv_len=self.max_kv_len,

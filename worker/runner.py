@@ -225,6 +225,7 @@ class Runner:
         most = min(self._runtime.max_batched_tokens, many * longest)
         beside = sorted({0, min(1, many - 1), many - 1})  # a chunk is a row too
         plans = [self._dead_plan(decode_rows, chunk_lens=(16,)) for decode_rows in beside]
+        plans.append(self._dead_plan(0, chunk_lens=(1,)))  # its attention is that of decodes beside prompts
         # Tokens of prompts are rows too, of which there may be more than of decodes.
         for rows in sorted({min(rows, most) for rows in ROW_CLASSES if min(rows, most) > many}):
             whole, rest = divmod(rows, longest)
@@ -499,6 +500,7 @@ def _largest_step(
         kv_lens=torch.zeros(rows, dtype=torch.int32, device=device),
         block_tables=torch.zeros((rows, tables.max_blocks), dtype=torch.int32, device=device),
         num_decode_rows=0,
+        max_single_rows=rows,
         max_chunk_rows=rows,
         max_query_len=tokens,
         max_kv_len=runtime.max_model_len,

@@ -144,6 +144,7 @@ class SlotTables:
         inputs = StepInputs(
             **made,
             num_decode_rows=bounds.num_decode_rows,
+            max_single_rows=bounds.max_single_rows,
             max_chunk_rows=bounds.max_chunk_rows,
             max_query_len=bounds.max_query_len,
             max_kv_len=bounds.max_kv_len,

@@ -58,6 +58,7 @@ class TritonAttention:
             num_kv_heads=self._num_kv_heads,
             head_dim=self._head_dim,
             dtype=self._dtype,
+            max_single_rows=inputs.max_single_rows,
             max_chunk_rows=inputs.max_chunk_rows,
         )
 

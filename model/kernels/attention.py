@@ -75,8 +75,8 @@ class TileList:
 class AttentionPlan:
     """A step's work lists, and the scratch memory of its launches."""
 
-    splits: SplitList
-    tiles: TileList  # of length 0 where the step can have none
+    splits: SplitList  # these, and the tiles, of length 0 where the step can have none
+    tiles: TileList
     partial_out: torch.Tensor  # [splits, heads, head_dim] float32
     partial_lse: torch.Tensor  # [splits, heads] float32, base 2
     arrivals: torch.Tensor  # [rows, kv_heads] int32, zero between launches: splits that have ended
@@ -92,6 +92,7 @@ def paged_attention(
     kv_lens: torch.Tensor,
     scale: float,
     *,
+    max_single_rows: int | None = None,
     max_chunk_rows: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -101,8 +102,8 @@ def paged_attention(
     contiguous. block_tables: [rows, max_blocks] int32, entries past kv_len are never followed. query_starts: [rows + 1]
     int32, where in q each row begins and the last one ends. kv_lens: [rows] int32. `scale` multiplies the scores.
     Query i of a row with n queries sees keys 0 .. kv_len - n + i; a row with kv_len 0 gets zeros. At most
-    `max_chunk_rows` rows have more than one query (default: any number). Writes into `out` [tokens, heads, head_dim]
-    where it is given, and returns it; tokens that belong to no row are left as `out` has them.
+    `max_single_rows` rows have one query, and `max_chunk_rows` more (default: any number). Writes into `out` [tokens,
+    heads, head_dim] where it is given, and returns it; tokens that belong to no row are left as `out` has them.
     """
     if not use_triton(q):
         return paged_attention_torch(q, key_cache, value_cache, block_tables, query_starts, kv_lens, scale, out)
@@ -116,6 +117,7 @@ def paged_attention(
         num_kv_heads=key_cache.shape[2],
         head_dim=q.shape[2],
         dtype=q.dtype,
+        max_single_rows=max_single_rows,
         max_chunk_rows=max_chunk_rows,
     )
     return paged_attention_triton(q, key_cache, value_cache, block_tables, scale, plan, out)
@@ -173,13 +175,14 @@ def plan_attention(
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    max_single_rows: int | None = None,
     max_chunk_rows: int | None = None,
     splitting: Splitting | None = None,
 ) -> AttentionPlan:
     """Divide a step's attention into splits and tiles; the arguments are those of `paged_attention`. Triton only.
 
-    Rows have no more than `num_tokens` queries together, and no more than `max_chunk_rows` of them several: the lists
-    have no room for more.
+    Rows have no more than `num_tokens` queries together, and no more than `max_single_rows` of them one, and
+    `max_chunk_rows` several: the lists have no room for more.
 
     Rows are split as `splitting` says, by default as `SPLITTING`.
 
@@ -188,10 +191,11 @@ def plan_attention(
     """
     splitting = splitting or SPLITTING
     rows, device = kv_lens.shape[0], kv_lens.device
+    max_single_rows = rows if max_single_rows is None else min(max_single_rows, rows)
     max_chunk_rows = rows if max_chunk_rows is None else min(max_chunk_rows, rows)
     programs = splitting.programs or programs_at_a_time(device)
     more_splits = triton.cdiv(splitting.max_units, num_kv_heads)
-    max_splits = rows + more_splits
+    max_splits = max_single_rows + more_splits if max_single_rows else 0
     queries = _prefill_tiles(dtype)["QUERIES"]
     max_tiles = num_tokens // queries + max_chunk_rows if max_chunk_rows else 0
 
@@ -250,7 +254,8 @@ def paged_attention_triton(
     """As `paged_attention`, for the rows and lengths that `plan` was made of."""
     heads = q.shape[1]
     out = empty_rows(*q.shape, like=q) if out is None else out
-    _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)
+    if len(plan.splits.records):
+        _launch_decode(q, None, key_cache, value_cache, block_tables, scale, plan, out)
     if len(plan.tiles.records):
         shape = _shape_of(out, key_cache)
         if overlaps(q, key_cache):

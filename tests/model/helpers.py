@@ -159,6 +159,7 @@ class PagedCache:
             kv_lens=_int32(kv_lens),
             block_tables=torch.tensor([[*t, *[garbage] * (width - len(t))] for t in tables], dtype=torch.int32),
             num_decode_rows=num_decode_rows,
+            max_single_rows=lengths.count(1),
             max_chunk_rows=len(rows) - num_decode_rows,
             max_query_len=max([1, *lengths[num_decode_rows:]]),
             max_kv_len=max(kv_lens),

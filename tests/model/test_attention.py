@@ -38,6 +38,7 @@ def make_step(
         kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
         block_tables=torch.tensor(tables, dtype=torch.int32),
         num_decode_rows=num_decode_rows,
+        max_single_rows=query_lens.count(1),
         max_chunk_rows=len(query_lens) - num_decode_rows,
         max_query_len=max(query_lens),
         max_kv_len=max(kv_lens),

@@ -100,6 +100,7 @@ def prompt_chunk(ids: torch.Tensor, first: int, device: torch.device) -> StepInp
         kv_lens=torch.tensor([length], dtype=torch.int32, device=device),
         block_tables=torch.arange(MAX_LEN // BLOCK, dtype=torch.int32, device=device)[None],
         num_decode_rows=0,
+        max_single_rows=1,
         max_chunk_rows=1,
         max_query_len=count,
         max_kv_len=length,

@@ -44,6 +44,7 @@ def test_decoding_undoes_encoding(plan: StepPlan) -> None:
         assert arrived.tobytes() == sent.tobytes()  # bit for bit: NaN payloads compare unequal to themselves
     assert copy.num_rows == plan.num_rows
     assert copy.num_tokens == plan.num_tokens
+    assert copy.num_single_rows == plan.num_single_rows == plan.query_lens.tolist().count(1)
     assert copy.is_decode == plan.is_decode
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,15 @@ class PaddedRunner:
         return told[: plan.num_rows].numpy()
 
 
-@pytest.mark.parametrize("arrivals", [[0] * 8, [0, 0, 1, 2, 5, 5, 9, 9]])
-def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("arrivals", "used"), [([0] * 8, {"decode", "mixed"}), ([3, 0, 1, 2, 5, 5, 9, 9], {"decode", "prompts", "mixed"})]
+)
+def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int], used: set[str]) -> None:
     outputs = []
     for padded in (False, True):
         runner, scheduler = make_runner(tiny_checkpoint)
         shapes = [StepShape.decode(rows, MAX_LEN) for rows in (4, SLOTS)]
+        shapes += [StepShape.prompts(64, 3, MAX_LEN)]
         shapes += [StepShape.mixed(tokens, rows, MAX_LEN) for tokens in (32, 64) for rows in (3, SLOTS)]
         graphs = PaddedRunner(runner, shapes)
         tokens: dict[int, list[int]] = {}
@@ -113,6 +117,8 @@ def test_padding_changes_no_token(tiny_checkpoint: Path, arrivals: list[int]) ->
         outputs.append(tokens)
         if padded:
             assert len(graphs.used) >= 3, "the test uses too few shapes to show anything"
+            kinds = ["decode", "decode", "prompts", "mixed", "mixed", "mixed", "mixed"]
+            assert {kinds[index] for index in graphs.used} == used
     assert outputs[0] == outputs[1]
     assert {len(tokens) for tokens in outputs[0].values()} == {12}
 
@@ -124,6 +130,7 @@ def test_warming_up_takes_no_more_rows_than_may_run(tiny_checkpoint: Path, max_r
     plans = runner._dead_plans()
     assert max(plan.num_rows for plan in plans) == max_running
     assert {plan.is_decode for plan in plans} == {False, True}
+    assert {plan.num_single_rows > 0 for plan in plans if not plan.is_decode} == {False, True}
 
 
 @pytest.mark.parametrize("max_running", [1, 6, 66])
@@ -161,6 +168,37 @@ def test_shapes_take_what_fits() -> None:
     assert (decode.bounds.num_tokens, decode.bounds.max_chunk_rows) == (4, 0)
     assert (mixed.bounds.num_tokens, mixed.bounds.max_chunk_rows) == (64, 4)
     assert StepShape.mixed(4, 8, MAX_LEN).bounds.max_chunk_rows == 2  # a chunk has two tokens at least
+
+
+def a_plan(*query_lens: int, decodes: int = 0) -> StepPlan:
+    return StepPlan(
+        step=0,
+        slots=np.arange(len(query_lens), dtype=np.int32),
+        query_lens=np.array(query_lens, np.int32),
+        num_decode_rows=decodes,
+        max_query_len=max(query_lens),
+        max_kv_len=max(query_lens),
+        block_updates=np.empty((0, 3), np.int32),
+        admissions=np.empty(0, ADMISSION),
+        admitted_ids=np.empty(0, np.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "fits"),
+    [
+        (a_plan(1, 1, decodes=2), "dm"),
+        (a_plan(*[1] * 5, decodes=5), ""),
+        (a_plan(2, 62), "pm"),
+        (a_plan(2, 63), ""),
+        (a_plan(1, 20, decodes=1), "m"),
+        (a_plan(20, 1), "m"),  # what was left of a step's budget was one token
+        (a_plan(1), "m"),  # a prompt of one token, which a step of decodes alone would not enter
+    ],
+)
+def test_a_step_fits_what_launches_all_it_needs(plan: StepPlan, fits: str) -> None:
+    made = {"d": StepShape.decode, "p": partial(StepShape.prompts, 64), "m": partial(StepShape.mixed, 64)}
+    assert [name for name, make in made.items() if make(4, MAX_LEN).fits(plan)] == list(fits)
 
 
 def test_shapes_admit_what_they_have_room_for() -> None:

@@ -185,12 +185,12 @@ class Pair:
         assert inputs.kv_lens.tolist()[:count] == [row.positions.stop if row.live else 0 for row in expected]
         assert inputs.kv_lens.tolist()[count:] == [0] * (inputs.num_rows - count)
         assert inputs.kv_slots.tolist()[tokens:] == [-1] * (inputs.num_tokens - tokens)
-        assert (inputs.num_decode_rows, inputs.max_chunk_rows, inputs.max_query_len, inputs.max_kv_len) == (
+        assert (inputs.num_decode_rows, inputs.max_single_rows, inputs.max_chunk_rows) == (
             plan.num_decode_rows,
+            plan.query_lens.tolist().count(1),
             plan.num_rows - plan.num_decode_rows,
-            plan.max_query_len,
-            plan.max_kv_len,
         )
+        assert (inputs.max_query_len, inputs.max_kv_len) == (plan.max_query_len, plan.max_kv_len)
         # What dead rows read is never used, but it must be readable: an id of the vocabulary at a position that exists.
         assert all(0 <= token < VOCAB for token in inputs.token_ids.tolist())
         assert all(0 <= position < MAX_LEN for position in inputs.positions.tolist())

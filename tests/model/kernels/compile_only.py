@@ -158,11 +158,12 @@ def run_steps(config: Qwen3Config, dtype: torch.dtype, decodes: Sequence[int] = 
     few = bool(unwanted()) or dtype is torch.float32
     decodes = decodes or ((1, 4, 16, 32) if few else (1, 2, 8, 16, 32, 64, 80, 96, 128, 256))
     handover = Handover(num_places=4, num_words=4096, num_rows=SLOTS, device=CPU)
-    for rows, chunks in (*((rows, 0) for rows in decodes), (5, 3), (8, 8)):
+    for rows, singles, chunks in (*((rows, rows, 0) for rows in decodes), (5, 5, 3), (8, 0, 8)):
         tokens = 320 if chunks else rows
         bounds = StepBounds(
             num_tokens=tokens,
             num_decode_rows=0 if chunks else rows,
+            max_single_rows=singles,
             max_chunk_rows=chunks,
             max_query_len=tokens if chunks else 1,
             max_kv_len=MAX_LEN,

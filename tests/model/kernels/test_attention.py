@@ -61,6 +61,7 @@ class Batch:
             kv_lens=self.kv_lens,
             block_tables=self.block_tables,
             num_decode_rows=num_decode_rows,
+            max_single_rows=len(self.kv_lens),
             max_chunk_rows=len(self.kv_lens) - num_decode_rows,
             max_query_len=int(self.query_starts.diff().max()),
             max_kv_len=int(self.kv_lens.max()),
@@ -118,6 +119,7 @@ def make_batch(
 def plan_of(
     batch: Batch,
     num_tokens: int | None = None,
+    max_single_rows: int | None = None,
     max_chunk_rows: int | None = None,
     splitting: Splitting = HOW_SPLIT,
 ) -> AttentionPlan:
@@ -131,6 +133,7 @@ def plan_of(
         num_kv_heads=batch.key_cache.shape[2],
         head_dim=batch.q.shape[2],
         dtype=batch.q.dtype,
+        max_single_rows=max_single_rows,
         max_chunk_rows=max_chunk_rows,
         splitting=splitting,
     )
@@ -414,6 +417,22 @@ def test_padding_changes_nothing(triton_device: torch.device) -> None:
     out = attend(padded, plan_of(padded, num_tokens=512, max_chunk_rows=2))
     assert torch.equal(out, attend(alone))
     check(out, alone)
+
+
+def test_prompts_alone_need_nothing_of_decodes(triton_device: torch.device) -> None:
+    batch = make_batch([(20, 33), (70, 70), (0, 0), (2, 90)], device=triton_device)
+    plan = plan_of(batch, max_single_rows=0)
+    assert len(plan.splits.records) == len(plan.partial_out) == 0
+    out = attend(batch, plan)
+    assert torch.equal(out, attend(batch))
+    check(out, batch)
+
+
+def test_bounds_are_room_for_what_they_allow(triton_device: torch.device) -> None:
+    batch = make_batch([(1, 900), (1, 0), (20, 33), (1, 40)], device=triton_device)
+    plan = plan_of(batch, max_single_rows=3, max_chunk_rows=1)
+    assert int(plan.splits.firsts[1]) > 1, "a row is split"
+    assert torch.equal(attend(batch, plan), attend(batch))
 
 
 @pytest.mark.gpu
