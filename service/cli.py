@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
-from service.terminal import CommandError, Terminal, ready_line
+from service.terminal import CommandError, Terminal, accept_any_text, ready_line
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -206,6 +206,7 @@ def run(argv: list[str]) -> int:
 
 def main() -> int:
     """Entry point of `lightqwen`: one line for what a user caused, and an exit code."""
+    accept_any_text()
     try:
         return run(sys.argv[1:])
     except CommandError as error:

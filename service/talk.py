@@ -24,7 +24,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Send one prompt and stream the answer to standard output."""
     if arguments.raw and (arguments.system is not None or arguments.thinking is not None):
         raise CommandError("--system and --thinking belong to the chat template, which --raw leaves out")
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = _read_all() if arguments.prompt == "-" else arguments.prompt
     with _connect(arguments) as client:
         history = [*_beginning(arguments), {"role": "user", "content": prompt}]
         with _ask(client, prompt if arguments.raw else history, arguments) as generation:
@@ -126,6 +126,12 @@ def summary(finished: Finished) -> str:
         f"finish reason {reason}; {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
         f"{usage.output_tokens} output tokens; first token after {first * 1000:.1f} ms{rate}"
     )
+
+
+def _read_all() -> str:
+    if sys.stdin is None:
+        raise CommandError("standard input is closed, where `-` says that the prompt comes from")
+    return sys.stdin.read()
 
 
 def _lines() -> Iterator[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -71,6 +73,17 @@ def read_ready_line(line: str) -> dict[str, str] | None:
     if not line.startswith(READY):
         return None
     return dict(part.split("=", 1) for part in shlex.split(line.removeprefix(READY)))
+
+
+def accept_any_text() -> None:
+    """Let nothing that is read or printed fail for its encoding.
+
+    What is no text when it is read shows when it is sent. What the terminal's encoding lacks is printed as an escape.
+    Whether Python does so by itself depends on the locale.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):  # and not closed, or replaced by who calls `main`
+            stream.reconfigure(errors=errors)
 
 
 def printable(text: str) -> str:

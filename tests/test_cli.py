@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -30,10 +31,15 @@ LIGHTQWEN = [sys.executable, "-m", "service.cli"]
 QUIET_CPU = ["--device", "cpu", "--metrics-port", "0", "--log-level", "error"]
 
 
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+STRICT = {"PYTHONIOENCODING": "utf-8:strict"}  # as locales have it but for C's
+"""Environment of a process that by itself neither reads nor writes what is not UTF-8."""
+
+
+def run(*arguments: str | Path, typed: bytes = b"", **environment: str) -> subprocess.CompletedProcess[str]:
     command = [*LIGHTQWEN, *map(str, arguments)]
     env = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=env, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, timeout=30, env=env, input=typed)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def assert_one_error_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -266,6 +272,27 @@ def test_what_the_contract_has_no_room_for_is_one_line(options: list[str | bytes
     assert_one_error_line(run("generate", *map(os.fsdecode, options), "--target", "127.0.0.1:1"), *words)
 
 
+@pytest.mark.parametrize("environment", [{}, STRICT])
+def test_a_prompt_that_cannot_be_read_is_one_line(environment: dict[str, str]) -> None:
+    done = run("generate", "-", "--target", "127.0.0.1:1", typed=b"Gr\xfc\xdfe", **environment)
+    assert_one_error_line(done, "what you typed is not UTF-8")
+
+
+def test_a_prompt_from_nowhere_is_one_line() -> None:
+    command = shlex.join([*LIGHTQWEN, "generate", "-", "--target", "127.0.0.1:1"])
+    done = subprocess.run(["sh", "-c", f"{command} <&-"], capture_output=True, text=True, timeout=30)
+    assert_one_error_line(done, "standard input is closed")
+
+
+def test_text_that_the_terminal_does_not_know_is_escaped(target: str) -> None:
+    options = ["Hello", "--target", target, "--max-tokens", "200", "--seed", "7"]
+    expected = run("generate", *options).stdout
+    assert not expected.isascii(), "the test shows nothing"
+    done = run("generate", *options, PYTHONIOENCODING="ascii:strict")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == expected.encode("ascii", "backslashreplace").decode()
+
+
 def test_nobody_there_is_one_line() -> None:
     remedy = "is a server running there? `lightqwen serve` starts one"
     for command in (["generate", "x"], ["chat"]):
@@ -359,10 +386,10 @@ def test_secrets_that_cannot_be_used(tmp_path: Path) -> None:
 class Screen:
     """A program on a pseudo-terminal, and what it has written that was not expected yet."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], **environment: str) -> None:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
-            os.execvp(command[0], command)
+            os.execvpe(command[0], command, {**os.environ, **environment})
         self._unread = ""
 
     def type(self, text: str) -> None:
@@ -385,8 +412,11 @@ class Screen:
         return os.waitstatus_to_exitcode(status)
 
 
-def test_chat_ctrl_c_stops_one_answer_only(target: str) -> None:
-    screen = Screen([*LIGHTQWEN, "chat", "--target", target, "--seed", "1", "--max-tokens", "2000"])
+@pytest.mark.parametrize("environment", [{}, STRICT])
+def test_chat_ctrl_c_stops_one_answer_only(target: str, environment: dict[str, str]) -> None:
+    # In C's own locale the line editor would leave out bytes that are not ASCII.
+    command = [*LIGHTQWEN, "chat", "--target", target, "--seed", "1", "--max-tokens", "2000"]
+    screen = Screen(command, LC_ALL="C.UTF-8", **environment)
     screen.expect("endless: /reset")
     screen.expect("> ")
     screen.type("Hello there\n")
