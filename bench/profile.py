@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from pydantic import ValidationError
@@ -109,6 +110,7 @@ class Engine:
         self._scheduler = self._fresh()
         self._in_flight: list[PlannedStep] = []
         self._numbers = itertools.count()  # of requests
+        self.sampling = SamplingParams(temperature=0.6)  # of each request, with a seed of its own
         self.only_decodes = False  # in the step that was planned last
         self.times: dict[str, list[float]] = defaultdict(list)
 
@@ -124,7 +126,7 @@ class Engine:
                     request=number,
                     epoch=1,
                     prompt=ids_to_bytes(rng.integers(0, min(10_000, self.limits.vocab_size), prompt_tokens)),
-                    sampling=SamplingParams(temperature=0.6, seed=number),
+                    sampling=msgspec.structs.replace(self.sampling, seed=number),
                     max_tokens=max_tokens,
                 ),
             )
@@ -400,6 +402,7 @@ def _busy_and_idle(spans: list[Span]) -> tuple[float, dict[str, float]]:
 
 def report(arguments: argparse.Namespace, tensor_parallel_size: int, engine: Engine) -> None:
     """Measure what was asked for; print it, and write it where it was asked to be."""
+    engine.sampling = arguments.sampling
     profiles = [decode(engine, batch, arguments.context, arguments.steps) for batch in arguments.batches]
     profiles += [prefill(engine, tokens, 8) for tokens in arguments.prefill]
     profiles += [mixed(engine, batch, arguments.context, arguments.mixed_prompt, 16) for batch in arguments.mixed]
@@ -423,6 +426,19 @@ def check(config: EngineConfig) -> None:
     shape.check_parallel(config.tensor_parallel_size)
     if not resolve(config, shape, 0).on_gpu:
         raise ConfigError("needs a CUDA GPU: there is no device to profile here")
+
+
+def sampling_params(text: str) -> SamplingParams:
+    """Read `--sampling NAME=VALUE,...`, for argparse."""
+    given = dict(option.partition("=")[::2] for option in text.split(","))
+    unknown = given.keys() - set(SamplingParams.__struct_fields__)
+    if unknown:
+        known = ", ".join(SamplingParams.__struct_fields__)
+        raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))} in sampling; there are {known}")
+    try:
+        return msgspec.convert(given, SamplingParams, strict=False)
+    except msgspec.ValidationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main() -> int:
@@ -450,6 +466,13 @@ def main() -> int:
     )
     parser.add_argument(
         "--mixed-prompt", type=int, default=560, metavar="TOKENS", help="of each such prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sampling",
+        type=sampling_params,
+        default="temperature=0.6",
+        metavar="NAME=VALUE,...",
+        help="of all requests (default: %(default)s; Qwen3's own: temperature=0.6,top_k=20,top_p=0.95)",
     )
     parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
     parser.add_argument("--json", type=json_file, help="write the figures here")

@@ -5,11 +5,14 @@ GPU too: it reads the logits once and leaves the best token of each program's pa
 has one program a row. For most rows it only picks the best of the parts.
 
 A row that truncates needs the value from which up tokens survive. For it, the first kernel left the highest score of
-every group of 32 tokens, and the second one lists the groups that can matter and makes their scores once more from the
-logits: storing all scores would cost several times what reading the logits does. The k-th highest group maximum bounds
-the k-th highest score from below; what top-p and min-p keep is bounded by the highest score. Over the listed groups the
-exact threshold is found by bisection on the integer image of float32, which keeps the order: on counts for top-k, on
-probability mass for top-p. Every sum runs in an order that depends on the row alone.
+every group of 32 tokens, and for top-p their mass. The second one lists the groups that can matter and makes their
+scores once more from the logits: storing all scores would cost several times what reading the logits does. The k-th
+highest group maximum bounds the k-th highest score from below; what top-p and min-p keep is bounded by the highest
+score. Over the listed groups the exact threshold is found by bisection on the integer image of float32, which keeps the
+order: on counts for top-k, on probability mass for top-p. Every sum runs in an order that depends on the row alone.
+
+A bisection is a chain of some twenty passes. So what each needs lies in registers: all groups' maxima, and the scores
+of the groups that are listed first, which for most rows are all of them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -32,8 +35,8 @@ MIN_TEMPERATURE = 1e-5
 """Rows with a lower temperature are greedy: dividing by less would overflow."""
 
 _GROUP = 32  # scores whose maximum is kept, where a row truncates
-_GROUPS = 1024  # group maxima that are read at a time
 _LISTED_GROUPS = 64  # listed groups whose scores are made at a time: most rows list fewer
+_FEW = 64  # scores that are compared each with each
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,9 @@ def sample_triton(
     num_groups = triton.cdiv(vocab_size, _GROUP)
     device = logits.device
     group_max = torch.empty((rows, num_groups), dtype=torch.float32, device=device)
+    group_mass = torch.empty_like(group_max)
     groups = torch.empty((rows, num_groups), dtype=torch.int32, device=device)
+    few = torch.empty((rows, _FEW), dtype=torch.float32, device=device)
     part_best = torch.empty((rows, num_parts), dtype=torch.float32, device=device)
     part_token = torch.empty((rows, num_parts), dtype=torch.int32, device=device)
     tokens = torch.empty(rows, dtype=torch.int32, device=device)
@@ -104,18 +109,22 @@ def sample_triton(
     _score_kernel[(num_parts, rows)](
         *inputs,
         group_max,
+        group_mass,
         part_best,
         part_token,
         vocab_size,
         TILE_GROUPS=parts.groups,
         TILES=parts.tiles,
         num_warps=parts.warps,
+        maxnreg=64,  # eight programs a multiprocessor, so that the next kernel finds room among them, too
         **settings,
     )
     _choose_kernel[(rows,)](
         *inputs,
         group_max,
+        group_mass,
         groups,
+        few,
         part_best,
         part_token,
         tokens,
@@ -123,8 +132,9 @@ def sample_triton(
         num_groups,
         num_parts,
         PARTS=triton.next_power_of_2(num_parts),
-        GROUPS=_GROUPS,
+        GROUPS=triton.next_power_of_2(num_groups),
         LISTED=_LISTED_GROUPS,
+        FEW=_FEW,
         num_warps=8,
         maxnreg=128,  # two programs a multiprocessor; left alone, the compiler aims at more and spills
         **settings,
@@ -149,6 +159,7 @@ def _score_kernel(
     min_length_ptr,
     counts_ptr,  # [slots, vocab_size] int32
     group_max_ptr,  # [rows, ceil(vocab_size / GROUP)] float32, written for rows that truncate: highest tempered scores
+    group_mass_ptr,  # same, written where all tokens count for top-p: sums of exp(score - the group's highest)
     part_best_ptr,  # [rows, parts] float32: the part's highest score, with noise unless the row is greedy or truncates
     part_token_ptr,  # [rows, parts] int32: its token; -1 where a score of the part is NaN or +inf
     vocab_size,
@@ -184,6 +195,7 @@ def _score_kernel(
     )  # fmt: skip
     draws = temperature >= MIN_TEMPERATURE
     truncates = draws & _truncates(top_k, top_p, min_p, vocab_size)
+    weighs = truncates & _weighs_all(top_k, top_p, vocab_size)
     num_groups = tl.cdiv(vocab_size, GROUP)
 
     # The best of each place of a tile, over all tiles. Where no token is better than those behind the vocabulary's end,
@@ -201,6 +213,10 @@ def _score_kernel(
         if truncates:
             group_max = tl.reduce(score, 1, _larger_or_nan)
             tl.store(group_max_ptr + row * num_groups + group, group_max, mask=group < num_groups)
+            if weighs:
+                finite = (group_max > float("-inf")) & (group_max < float("inf"))
+                weight = tl.exp(score - tl.where(finite, group_max, 0.0)[:, None])
+                tl.store(group_mass_ptr + row * num_groups + group, tl.sum(weight, axis=1), mask=group < num_groups)
         best_token = tl.where(score > best, token, best_token)
         best = _larger_or_nan(best, score)
         group += TILE_GROUPS
@@ -231,7 +247,9 @@ def _choose_kernel(
     min_length_ptr,
     counts_ptr,  # [slots, vocab_size] int32
     group_max_ptr,  # [rows, num_groups] float32, only of rows that truncate
+    group_mass_ptr,  # [rows, num_groups] float32, only of rows of which all tokens count for top-p
     groups_ptr,  # [rows, num_groups] int32, scratch: the groups that can hold a survivor
+    few_ptr,  # [rows, FEW] float32, scratch: the scores that can survive, where there are few
     part_best_ptr,  # [rows, num_parts] float32
     part_token_ptr,  # [rows, num_parts] int32
     tokens_ptr,  # [rows] int32
@@ -242,6 +260,7 @@ def _choose_kernel(
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
     LISTED: tl.constexpr,
+    FEW: tl.constexpr,
     GROUP: tl.constexpr,
     STOP_IDS: tl.constexpr,
     APPROX: tl.constexpr,
@@ -271,39 +290,70 @@ def _choose_kernel(
             slot, length, temperature, presence_ptr, frequency_ptr, repetition_ptr, stop_ids_ptr, min_length_ptr,
             counts_ptr, vocab_size, MIN_TEMPERATURE, STOP_IDS,
         )  # fmt: skip
+        group = tl.arange(0, GROUPS)
+        is_group = group < num_groups
         group_max_row = group_max_ptr + row * num_groups
+        group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
         groups_row = groups_ptr + row * num_groups
         scores = (logits_ptr + row * vocab_size, groups_row, vocab_size, rules)
         has_top_k = (top_k > 0) & (top_k < vocab_size)
         lowest = tl.full([], float("-inf"), tl.float32)
+        mass = tl.full([], -1.0, tl.float32)  # of which top-p leaves a part; negative while it is not known
         if has_top_k:
-            lowest = _bound_of_top_k(group_max_row, num_groups, top_k, highest, GROUPS)
-        elif min_p > 0.0 and top_p >= 1.0:
+            lowest = _bound_of_top_k(group_max, top_k, highest)
+        elif top_p < 1.0:
+            group_mass = tl.load(group_mass_ptr + row * num_groups + group, mask=is_group, other=0.0)
+            mass = tl.sum(group_mass * tl.exp(group_max - highest), axis=0)
+            lowest = _bound_of_top_p(top_p, mass, highest, vocab_size)
+        elif min_p > 0.0:
             lowest = highest + tl.log(min_p)
-        num_listed = _list_groups(group_max_row, groups_row, num_groups, lowest, GROUPS)
-        if has_top_k:
-            target = top_k.to(tl.float32)
-            lowest, _ = _narrow(scores, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS)
-        if top_p < 1.0:
-            mass = _total_from(scores, num_listed, lowest, highest, True, LISTED, GROUP, STOP_IDS)
-            # All tokens with less than this score together have less than the mass that top-p cuts off.
-            lowest = tl.maximum(lowest, highest + tl.log((1.0 - top_p) * mass / vocab_size))
-            upper = highest
-            for finer in range(2):  # few steps until fewer groups need to be looked at, then the others
-                num_listed = _list_groups(group_max_row, groups_row, num_groups, lowest, GROUPS)
-                step = tl.where(finer == 1, 1, 1 << 20)
-                lowest, upper = _narrow(
-                    scores, num_listed, lowest, upper, highest, top_p * mass, step, True, LISTED, GROUP, STOP_IDS
+        num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
+        score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
+        upper = highest
+        few = _are_few(score, num_listed, lowest, LISTED, FEW)
+        if few == 0:
+            if has_top_k:
+                target = top_k.to(tl.float32)
+                lowest, _ = _narrow(
+                    scores, score, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS
                 )
+            if top_p < 1.0:
+                if has_top_k:
+                    mass = _total_from(scores, score, num_listed, lowest, highest, True, LISTED, GROUP, STOP_IDS)
+                    lowest = tl.maximum(lowest, _bound_of_top_p(top_p, mass, highest, vocab_size))
+                if num_listed > LISTED:  # a few passes until fewer groups need to be looked at
+                    lowest, upper = _narrow(
+                        scores, score, num_listed, lowest, highest, highest, top_p * mass, 1 << 20, True, LISTED, GROUP,
+                        STOP_IDS,
+                    )  # fmt: skip
+                    # Maxima that are read again leave registers free meanwhile.
+                    group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
+                    num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
+                    score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
+                few = _are_few(score, num_listed, lowest, LISTED, FEW)
+        if few & (has_top_k | (top_p < 1.0)):
+            k = tl.where(has_top_k, top_k, FEW)
+            lowest = _threshold_of_few(few_ptr + row * FEW, score, lowest, highest, k, top_p, mass, FEW)
+        elif top_p < 1.0:
+            lowest, _ = _narrow(
+                scores, score, num_listed, lowest, upper, highest, top_p * mass, 1, True, LISTED, GROUP, STOP_IDS
+            )
         if min_p > 0.0:
             lowest = tl.maximum(lowest, highest + tl.log(min_p))
-        chosen = _draw(scores, num_listed, lowest, tl.load(seed_ptr + slot), length, APPROX, LISTED, GROUP, STOP_IDS)
+        seed = tl.load(seed_ptr + slot)
+        chosen = _draw(scores, score, token, num_listed, lowest, seed, length, APPROX, LISTED, GROUP, STOP_IDS)
     tl.store(tokens_ptr + row, tl.where(unusable, -1, chosen))
 
 
 @jit
 def _truncates(top_k, top_p, min_p, vocab_size):
     return ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)
+
+
+@jit
+def _weighs_all(top_k, top_p, vocab_size):
+    """Whether top-p leaves a part of the mass of all tokens."""
+    return (top_p < 1.0) & ((top_k <= 0) | (top_k >= vocab_size))
 
 
 @jit
@@ -354,45 +404,70 @@ def _lowest_token(is_best, token):
 
 
 @jit
-def _bound_of_top_k(group_max_ptr, num_groups, k, highest, GROUPS: tl.constexpr):
-    """Return a value that the maxima of k groups reach, and so k scores; or -inf where there are fewer groups.
+def _bound_of_top_k(group_max, k, highest):
+    """Return a value that the maxima of k groups reach, and so k scores; or -inf where there are fewer within 64.
 
-    It lies less than a hundredth below the highest such value: what it is for is listing few groups.
+    It lies less than a sixteenth below the highest such value: what it is for is listing few groups.
     """
-    group = tl.arange(0, GROUPS)
-    low = _order_of(tl.full([], float("-inf"), tl.float32))
-    high = _order_of(highest)
-    while high - low >= 1 << 16:
-        middle = low + ((high - low + 1) >> 1)
-        reached = tl.zeros([GROUPS], tl.int32)
-        for first in range(0, num_groups, GROUPS):
-            is_group = first + group < num_groups
-            group_max = tl.load(group_max_ptr + first + group, mask=is_group, other=float("-inf"))
-            reached += (is_group & (group_max >= _value_of(middle))).to(tl.int32)
-        enough = tl.sum(reached, axis=0) >= k
+    low = tl.full([], -1, tl.int32)  # of 1,024 parts of highest - 64 .. highest
+    high = tl.full([], 1024, tl.int32)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        enough = tl.sum((group_max >= highest - (1024 - middle) * 0.0625).to(tl.int32), axis=0) >= k
         low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return _value_of(low)
+        high = tl.where(enough, high, middle)
+    return tl.where(low < 0, float("-inf"), highest - (1024 - low) * 0.0625)
 
 
 @jit
-def _list_groups(group_max_ptr, groups_ptr, num_groups, lowest, GROUPS: tl.constexpr):
+def _bound_of_top_p(top_p, mass, highest, vocab_size):
+    """Return a value below which all tokens together have less than the part of `mass` that top-p cuts off."""
+    return highest + tl.log((1.0 - top_p) * mass / vocab_size)
+
+
+@jit
+def _list_groups(group_max, groups_ptr, lowest, GROUPS: tl.constexpr):
     """List the groups that hold a score from `lowest` up, in ascending order; return how many."""
+    listed = (group_max >= lowest) & (group_max > float("-inf"))
     tl.debug_barrier()  # other threads of this program may still read an earlier list
-    num_listed = tl.full([], 0, tl.int32)
-    for first in range(0, num_groups, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        is_group = group < num_groups
-        listed = (is_group & (tl.load(group_max_ptr + group, mask=is_group, other=0.0) >= lowest)).to(tl.int32)
-        tl.store(groups_ptr + num_listed + tl.cumsum(listed, axis=0) - 1, group, mask=listed > 0)
-        num_listed += tl.sum(listed, axis=0)
+    place = tl.cumsum(listed.to(tl.int32), axis=0) - 1
+    tl.store(groups_ptr + place, tl.arange(0, GROUPS), mask=listed)
     tl.debug_barrier()  # and will read this one
-    return num_listed
+    return tl.sum(listed.to(tl.int32), axis=0)
+
+
+@jit
+def _are_few(score, num_listed, lowest, LISTED: tl.constexpr, FEW: tl.constexpr):
+    """Whether no more than FEW scores reach `lowest`, all of them of the first groups."""
+    return (num_listed <= LISTED) & (tl.sum((score >= lowest).to(tl.int32), axis=0) <= FEW)
+
+
+@jit
+def _threshold_of_few(few_ptr, score, lowest, highest, k, top_p, mass, FEW: tl.constexpr):
+    """Return the value from which up scores survive top-k and top-p, where few reach `lowest`, and no others can: each
+    of these is compared with each.
+
+    mass: of all that top-p leaves a part of; negative where that is what top-k leaves.
+    """
+    is_candidate = score >= lowest
+    place = tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
+    tl.store(few_ptr + place, score, mask=is_candidate)
+    tl.debug_barrier()  # other threads of this program read it
+    number = tl.arange(0, FEW)
+    is_one = number < tl.sum(is_candidate.to(tl.int32), axis=0)
+    few = tl.load(few_ptr + number, mask=is_one, other=float("-inf"))
+    higher = few[:, None] > few[None, :]
+    kept = tl.sum(higher.to(tl.int32), axis=0) < k
+    weight = tl.where(kept, tl.exp(few - highest), 0.0)
+    mass = tl.where(mass < 0.0, tl.sum(weight, axis=0), mass)
+    above = tl.sum(tl.where(higher, weight[:, None], 0.0), axis=0)
+    target = tl.where(top_p < 1.0, top_p * mass, float("inf"))
+    return tl.min(tl.where(kept & is_one & (above < target), few, highest), axis=0)
 
 
 @jit
 def _narrow(
-    scores, num_listed, lowest, upper, highest, target, step,
+    scores, score, num_listed, lowest, upper, highest, target, step,
     WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
     """Narrow lowest .. upper, until less than `step` floats apart, to where `_total_from` comes to reach target.
@@ -404,7 +479,7 @@ def _narrow(
     high = _order_of(upper)
     while high - low >= step:
         middle = low + ((high - low + 1) >> 1)
-        total = _total_from(scores, num_listed, _value_of(middle), highest, WEIGHTED, LISTED, GROUP, STOP_IDS)
+        total = _total_from(scores, score, num_listed, _value_of(middle), highest, WEIGHTED, LISTED, GROUP, STOP_IDS)
         low = tl.where(total >= target, middle, low)
         high = tl.where(total > target, high, tl.where(total == target, middle, middle - 1))
     return _value_of(low), _value_of(high)
@@ -412,34 +487,46 @@ def _narrow(
 
 @jit
 def _total_from(
-    scores, num_listed, lowest, highest,
+    scores, score, num_listed, lowest, highest,
     WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Return how many listed scores reach `lowest`, or with WEIGHTED the sum of exp(score - highest) over them."""
-    total = tl.zeros([LISTED, GROUP], tl.float32)
-    for start in range(0, num_listed, LISTED):
-        score, _ = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
-        if WEIGHTED:
-            total += tl.where(score >= lowest, tl.exp(score - highest), 0.0)
-        else:
-            total += tl.where(score >= lowest, 1.0, 0.0)
-    return tl.sum(tl.sum(total, axis=1), axis=0)
+    """Return how many listed scores reach `lowest`, or with WEIGHTED the sum of exp(score - highest) over them.
+
+    score: those of the first groups, [LISTED * GROUP]; the others are made.
+    """
+    total = _weights_from(score, lowest, highest, WEIGHTED)
+    for start in range(LISTED, num_listed, LISTED):
+        more, _ = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
+        total += _weights_from(more, lowest, highest, WEIGHTED)
+    return tl.sum(total, axis=0)
+
+
+@jit
+def _weights_from(score, lowest, highest, WEIGHTED: tl.constexpr):
+    weight = 1.0
+    if WEIGHTED:
+        weight = tl.exp(score - highest)
+    return tl.where(score >= lowest, weight, 0.0)
 
 
 @jit
 def _draw(
-    scores, num_listed, lowest, seed, length,
+    scores, score, token, num_listed, lowest, seed, length,
     APPROX: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Return the token with the highest score plus noise among the listed ones that reach `lowest`."""
+    """Return the token with the highest score plus noise among the listed ones that reach `lowest`.
+
+    score, token: those of the first groups, [LISTED * GROUP]; the others are made.
+    """
     best = tl.full([], float("-inf"), tl.float32)
     best_token = tl.full([], 0x7FFFFFFF, tl.int32)
     for start in range(0, num_listed, LISTED):
-        score, token = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
+        if start > 0:
+            score, token = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
         kept = (score >= lowest) & (score > float("-inf"))
         noisy = tl.where(kept, _with_noise(score, seed, length, token, APPROX), float("-inf"))
-        here = tl.max(tl.max(noisy, axis=1), axis=0)
-        token_here = _lowest_token(kept & (noisy == here), token)
+        here = tl.max(noisy, axis=0)
+        token_here = tl.min(tl.where(kept & (noisy == here), token, 0x7FFFFFFF), axis=0)
         better = (here > best) | ((here == best) & (token_here < best_token))
         best = tl.where(better, here, best)
         best_token = tl.where(better, token_here, best_token)
@@ -448,15 +535,17 @@ def _draw(
 
 @jit
 def _listed_scores(scores, start, num_listed, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr):
-    """Make LISTED groups' scores, from the list's place `start` on (-inf where there is none), and their token ids.
+    """Make LISTED groups' scores, from the list's place `start` on (-inf where there is none), and their token ids,
+    [LISTED * GROUP] each.
 
     scores: a row's logits and list of groups, the vocabulary's size, and the row's rules.
     """
     logits_row, groups_row, vocab_size, rules = scores
-    place = start + tl.arange(0, LISTED)
+    number = tl.arange(0, LISTED * GROUP)
+    place = start + number // GROUP
     group = tl.load(groups_row + place, mask=place < num_listed, other=0)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    valid = (place < num_listed)[:, None] & (token < vocab_size)
+    token = group * GROUP + number % GROUP
+    valid = (place < num_listed) & (token < vocab_size)
     logit = tl.load(logits_row + token, mask=valid, other=float("-inf")).to(tl.float32)
     return _score(logit, token, valid, rules, STOP_IDS), token
 

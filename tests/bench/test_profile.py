@@ -20,10 +20,11 @@ import torch
 
 import model.kernels
 import worker.table_kernels
-from bench.profile import Engine, Span, _busy_and_idle, group_of, report, run_ranks
+from bench.profile import Engine, Span, _busy_and_idle, group_of, report, run_ranks, sampling_params
 from tests.bench import profiled_ranks
 from tests.bench.profiled_ranks import config_for
 from tests.processes import children, is_alive, until
+from worker.messages import SamplingParams
 
 PROFILE = (sys.executable, "-m", "bench.profile")
 
@@ -159,7 +160,10 @@ def test_every_kernel_of_ours_has_a_group() -> None:
 def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     file = tmp_path / "out.json"
-    report(Namespace(size="8B", batches=[], prefill=[], mixed=[], json=file), 4, Mock())
+    sampling = sampling_params("temperature=0.6,top_k=20,top_p=0.95")
+    engine = Mock()
+    report(Namespace(size="8B", batches=[], prefill=[], mixed=[], json=file, sampling=sampling), 4, engine)
+    assert engine.sampling == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
     written = json.loads(file.read_text())
     assert (written["hardware"], written["tensor_parallel_size"], written["profiles"]) == ("a GPU", 4, [])
 
@@ -169,6 +173,9 @@ def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: py
     [
         (["--tensor-parallel-size", "3"], "tensor-parallel size 3 does not divide the model's 16 query heads"),
         (["--tensor-parallel-size", "0"], "Input should be greater than or equal to 1"),
+        (["--sampling", "top_x=3"], "no top_x in sampling; there are temperature, top_k, top_p"),
+        (["--sampling", "top_k=many"], "Expected `int`, got `str` - at `$.top_k`"),
+        (["--sampling", "greedy"], "no greedy in sampling"),
         (["--set", "device=cpu"], "needs a CUDA GPU: there is no device to profile here"),
     ],
 )

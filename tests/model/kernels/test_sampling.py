@@ -64,15 +64,19 @@ def test_draws_the_reference_tokens(triton_device: torch.device, dtype: torch.dt
     assert 5 not in tokens[slots == 10].tolist()
 
 
+@pytest.mark.parametrize("few", [4, 64], ids="few={}".format)
 @pytest.mark.parametrize(
     ("spread", "dtype"), [(0.1, torch.float32), (3.0, torch.bfloat16), (3.0, torch.float32), (30.0, torch.bfloat16)]
 )
 def test_truncation_keeps_what_the_reference_keeps(
-    triton_device: torch.device, spread: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, spread: float, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From flat to peaked, where all groups must be looked at and where few; with and without bounds of each kind."""
+    """From flat to peaked, where all groups must be looked at and where few; with and without bounds of each kind.
+
+    What survives may be found among few scores by comparing each with each, or among as many by bisection.
+    """
+    monkeypatch.setattr(sampling, "_FEW", few)
     if not ON_GPU:  # so that there are several passes in a vocabulary for the interpreter
-        monkeypatch.setattr(sampling, "_GROUPS", 16)
         monkeypatch.setattr(sampling, "_LISTED_GROUPS", 16)
     wanted = [
         {"top_p": 0.5},
@@ -84,6 +88,9 @@ def test_truncation_keeps_what_the_reference_keeps(
         {"top_p": 0.9, "min_p": 0.3},
         {"top_k": 40},
         {"top_k": 40, "top_p": 0.7},
+        {"top_k": 5, "top_p": 0.7},
+        {"top_k": 7, "top_p": 0.0, "min_p": 0.1},
+        {"top_k": 9, "min_p": 0.05, "repetition": 1.3},
         {"top_k": VOCAB - 1, "top_p": 0.9, "min_p": 1e-4},
         {"top_p": 0.9, "repetition": 1.3, "presence": 0.5},
         {"top_k": 40, "top_p": 0.9, "min_length": 100, "stop_ids": 7},
@@ -99,6 +106,45 @@ def test_truncation_keeps_what_the_reference_keeps(
     lengths = torch.arange(rows, dtype=torch.int32, device=triton_device)
     logits = (spread * torch.randn(rows, VOCAB)).to(dtype).to(triton_device)
     tokens = sample_triton(logits, slots, lengths, tables).tolist()
+    assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
+
+
+@pytest.mark.parametrize(("few", "listed"), [(64, 64), (4, 64), (64, 16)])
+@pytest.mark.parametrize(
+    ("parameters", "survivors"),
+    [
+        ({"top_k": 1}, 1),
+        ({"top_k": 11}, 11),
+        ({"top_k": 30}, 30),
+        ({"top_p": 0.45}, 18),
+        ({"top_k": 10, "top_p": 0.45}, 5),
+        ({"top_k": 31, "top_p": 0.999}, 31),
+    ],
+)
+def test_exactly_the_survivors_are_drawn(
+    triton_device: torch.device,
+    parameters: dict[str, float],
+    survivors: int,
+    few: int,
+    listed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """20 tokens are nearly alike, 20 others come 6 % behind, all others never."""
+    monkeypatch.setattr(sampling, "_FEW", few)
+    monkeypatch.setattr(sampling, "_LISTED_GROUPS", listed)
+    tables = SamplingTables.allocate(1, VOCAB, 3, triton_device)
+    for name, value in ({"temperature": 1.0} | parameters).items():
+        getattr(tables, name)[0] = value
+    order = torch.randperm(VOCAB)[:40]
+    logits = torch.full((VOCAB,), -20.0)
+    logits[order] = 5 - 1e-4 * torch.arange(40) - 0.06 * (torch.arange(40) >= 20)
+    rows = 400 if ON_GPU else 12
+    slots = torch.zeros(rows, dtype=torch.int32, device=triton_device)
+    lengths = torch.arange(rows, dtype=torch.int32, device=triton_device)
+    logits = logits.expand(rows, -1).contiguous().to(triton_device)
+    tokens = sample_triton(logits, slots, lengths, tables).tolist()
+    assert set(tokens) <= set(order[:survivors].tolist())
+    assert len(set(tokens)) > 1 or survivors == 1
     assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
 
 
