@@ -8,8 +8,9 @@ A row that truncates needs the value from which up tokens survive. For it, the f
 every group of 32 tokens, and for top-p their mass. The second one lists the groups that can matter and makes their
 scores once more from the logits: storing all scores would cost several times what reading the logits does. The k-th
 highest group maximum bounds the k-th highest score from below; what top-p and min-p keep is bounded by the highest
-score. Over the listed groups the exact threshold is found by bisection on the integer image of float32, which keeps the
-order: on counts for top-k, on probability mass for top-p. Every sum runs in an order that depends on the row alone.
+score. Where few scores of the listed groups reach the bound, which is usual, each is compared with each, and so the
+exact threshold is found. Else that is by bisection on the integer image of float32, which keeps the order: on counts
+for top-k, on probability mass for top-p. Every sum runs in an order that depends on the row alone.
 
 A bisection is a chain of some twenty passes. So what each needs lies in registers: all groups' maxima, and the scores
 of the groups that are listed first, which for most rows are all of them.
@@ -290,70 +291,95 @@ def _choose_kernel(
             slot, length, temperature, presence_ptr, frequency_ptr, repetition_ptr, stop_ids_ptr, min_length_ptr,
             counts_ptr, vocab_size, MIN_TEMPERATURE, STOP_IDS,
         )  # fmt: skip
-        group = tl.arange(0, GROUPS)
-        is_group = group < num_groups
-        group_max_row = group_max_ptr + row * num_groups
-        group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
         groups_row = groups_ptr + row * num_groups
         scores = (logits_ptr + row * vocab_size, groups_row, vocab_size, rules)
-        has_top_k = (top_k > 0) & (top_k < vocab_size)
-        lowest = tl.full([], float("-inf"), tl.float32)
-        mass = tl.full([], -1.0, tl.float32)  # of which top-p leaves a part; negative while it is not known
-        if has_top_k:
-            lowest = _bound_of_top_k(group_max, top_k, highest)
-        elif top_p < 1.0:
-            group_mass = tl.load(group_mass_ptr + row * num_groups + group, mask=is_group, other=0.0)
-            mass = tl.sum(group_mass * tl.exp(group_max - highest), axis=0)
-            lowest = _bound_of_top_p(top_p, mass, highest, vocab_size)
-        elif min_p > 0.0:
-            lowest = highest + tl.log(min_p)
-        num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
-        score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
-        upper = highest
-        few = _are_few(score, num_listed, lowest, LISTED, FEW)
-        if few == 0:
-            if has_top_k:
-                target = top_k.to(tl.float32)
-                lowest, _ = _narrow(
-                    scores, score, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS
-                )
-            if top_p < 1.0:
-                if has_top_k:
-                    mass = _total_from(scores, score, num_listed, lowest, highest, True, LISTED, GROUP, STOP_IDS)
-                    lowest = tl.maximum(lowest, _bound_of_top_p(top_p, mass, highest, vocab_size))
-                if num_listed > LISTED:  # a few passes until fewer groups need to be looked at
-                    lowest, upper = _narrow(
-                        scores, score, num_listed, lowest, highest, highest, top_p * mass, 1 << 20, True, LISTED, GROUP,
-                        STOP_IDS,
-                    )  # fmt: skip
-                    # Maxima that are read again leave registers free meanwhile.
-                    group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
-                    num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
-                    score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
-                few = _are_few(score, num_listed, lowest, LISTED, FEW)
-        if few & (has_top_k | (top_p < 1.0)):
-            k = tl.where(has_top_k, top_k, FEW)
-            lowest = _threshold_of_few(few_ptr + row * FEW, score, lowest, highest, k, top_p, mass, FEW)
-        elif top_p < 1.0:
-            lowest, _ = _narrow(
-                scores, score, num_listed, lowest, upper, highest, top_p * mass, 1, True, LISTED, GROUP, STOP_IDS
-            )
-        if min_p > 0.0:
-            lowest = tl.maximum(lowest, highest + tl.log(min_p))
+        maxima_and_mass = (group_max_ptr + row * num_groups, group_mass_ptr + row * num_groups, num_groups)
+        limits = (top_k, top_p, min_p)
+        lowest, num_listed, score, token = _find_survivors(
+            scores, maxima_and_mass, few_ptr + row * FEW, limits, highest, GROUPS, LISTED, FEW, GROUP, STOP_IDS
+        )
         seed = tl.load(seed_ptr + slot)
         chosen = _draw(scores, score, token, num_listed, lowest, seed, length, APPROX, LISTED, GROUP, STOP_IDS)
     tl.store(tokens_ptr + row, tl.where(unusable, -1, chosen))
 
 
 @jit
+def _find_survivors(
+    scores, maxima_and_mass, few_row, limits, highest,
+    GROUPS: tl.constexpr, LISTED: tl.constexpr, FEW: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+):  # fmt: skip
+    """Return the value from which up scores survive, how many groups are listed, of which all survivors are, and the
+    first ones' scores and tokens, [LISTED * GROUP].
+
+    scores: as for `_listed_scores`; maxima_and_mass: what `_score_kernel` left of the row's groups, and their number.
+    """
+    groups_row, vocab_size = scores[1], scores[2]
+    group_max_row, group_mass_row, num_groups = maxima_and_mass
+    top_k, top_p, min_p = limits
+    group = tl.arange(0, GROUPS)
+    is_group = group < num_groups
+    group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
+    has_top_k = _has_top_k(top_k, vocab_size)
+    lowest = tl.full([], float("-inf"), tl.float32)
+    mass = tl.full([], -1.0, tl.float32)  # of which top-p leaves a part; negative while it is not known
+    if has_top_k:
+        lowest = _bound_of_top_k(group_max, top_k, highest)
+    elif top_p < 1.0:
+        group_mass = tl.load(group_mass_row + group, mask=is_group, other=0.0)
+        mass = tl.sum(group_mass * tl.exp(group_max - highest), axis=0)
+        lowest = _bound_of_top_p(top_p, mass, highest, vocab_size)
+    elif min_p > 0.0:
+        lowest = highest + tl.log(min_p)
+    num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
+    score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
+    upper = highest
+    few = _are_few(score, num_listed, lowest, LISTED, FEW)
+    if few == 0:
+        if has_top_k:
+            target = top_k.to(tl.float32)
+            lowest, _ = _narrow(
+                scores, score, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS
+            )
+        if top_p < 1.0:
+            if has_top_k:
+                mass = _total_from(scores, score, num_listed, lowest, highest, True, LISTED, GROUP, STOP_IDS)
+                lowest = tl.maximum(lowest, _bound_of_top_p(top_p, mass, highest, vocab_size))
+            if num_listed > LISTED:  # a few passes until fewer groups need to be looked at
+                lowest, upper = _narrow(
+                    scores, score, num_listed, lowest, highest, highest, top_p * mass, 1 << 20, True, LISTED, GROUP,
+                    STOP_IDS,
+                )  # fmt: skip
+                # Maxima that are read again leave registers free meanwhile.
+                group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
+                num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
+                score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
+            few = _are_few(score, num_listed, lowest, LISTED, FEW)
+    if few & (has_top_k | (top_p < 1.0)):
+        k = tl.where(has_top_k, top_k, FEW)
+        lowest = _threshold_of_few(few_row, score, lowest, highest, k, top_p, mass, FEW)
+    elif top_p < 1.0:
+        lowest, _ = _narrow(
+            scores, score, num_listed, lowest, upper, highest, top_p * mass, 1, True, LISTED, GROUP, STOP_IDS
+        )
+    if min_p > 0.0:
+        lowest = tl.maximum(lowest, highest + tl.log(min_p))
+    return lowest, num_listed, score, token
+
+
+@jit
+def _has_top_k(top_k, vocab_size):
+    return (top_k > 0) & (top_k < vocab_size)
+
+
+@jit
 def _truncates(top_k, top_p, min_p, vocab_size):
-    return ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)
+    return _has_top_k(top_k, vocab_size) | (top_p < 1.0) | (min_p > 0.0)
 
 
 @jit
 def _weighs_all(top_k, top_p, vocab_size):
     """Whether top-p leaves a part of the mass of all tokens."""
-    return (top_p < 1.0) & ((top_k <= 0) | (top_k >= vocab_size))
+    return (top_p < 1.0) & (_has_top_k(top_k, vocab_size) == 0)
 
 
 @jit
