@@ -16,7 +16,7 @@ own. A kernel that is launched so keeps three rules, and kernels that are not ma
   next one fetches: sums over ranks call it behind `wait`, layers that sum not at all, which is when they end, and
   attention in Gluon when it has its first queries.
 
-Whether a kernel waits for its inputs is tested with some that come late; a new one belongs into test_dependent.py, too.
+Whether a kernel waits for its inputs is tested with some that come late: test_dependent.py, which misses none.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
+import model.kernels
 from model.kernels import dependent
 from model.kernels.activation import silu_and_mul
 from model.kernels.attention import paged_attention_triton, paged_decode_triton
@@ -29,6 +34,12 @@ from tests.model.kernels.test_peer_logits import Group as Columns
 from tests.model.kernels.test_peer_sum import Group, Inboxes
 from tests.model.kernels.test_sampling import make_logits, mixed_tables
 from tests.model.kernels.test_small_linear import CLUSTER, FMA, RING
+from worker import table_kernels
+from worker.handover import Handover
+from worker.plan import ADMISSION
+from worker.scheduler import BROKEN_ROW, NO_TOKEN
+from worker.table_kernels import admit_triton, prepare_triton, retire_triton
+from worker.tables import SlotState, SlotTables
 
 EPS = 1e-6
 TWO = replace(FMA, rows=2)
@@ -95,7 +106,7 @@ def results_of_late(launch: Launch) -> Iterator[tuple[Sequence[torch.Tensor], Se
     def late() -> Sequence[torch.Tensor]:
         launch.prepare()
         for place in places:
-            place.fill_(torch.nan)
+            place.fill_(torch.nan if place.is_floating_point() else 0)
         for tensor, place in zip(inputs, places, strict=True):
             copy_late(tensor, place)
         return launch.call(*places)
@@ -106,7 +117,7 @@ def results_of_late(launch: Launch) -> Iterator[tuple[Sequence[torch.Tensor], Se
         outs = late()
     for _ in range(2):  # so that what the last launch left is not what this one should find
         for tensor, place in zip(inputs, places, strict=True):
-            tensor *= torch.rand_like(tensor)
+            tensor.copy_(tensor * torch.rand_like(tensor) if tensor.is_floating_point() else tensor.flip(0))
             place.copy_(tensor)
         launch.prepare()
         torch.cuda.synchronize()
@@ -267,6 +278,69 @@ def logits_of_ranks(device: torch.device) -> Launch:
     return Launch(lambda _: [group.gather(share=False)], [group.memory[0]], group.put)
 
 
+def make_state(device: torch.device) -> tuple[SlotState, Callable[[], None]]:
+    """Tables of eight slots, of which number i has i + 1 tokens to compute, and what puts them back."""
+    tables = SlotTables(num_slots=8, max_model_len=64, block_size=16, vocab_size=100, device=device)
+    state, number = tables.state, torch.arange(9, dtype=torch.int32)
+    state.tokens.copy_(torch.randint(1, 100, state.tokens.shape))
+    state.blocks.copy_(torch.randint(0, 100, state.blocks.shape))
+    for tensor, values in ((state.computed, number), (state.length, 2 * number + 1), (state.max_length, 64)):
+        tensor.copy_(torch.as_tensor(values))
+    state.done.fill_(False)
+    tensors = state_tensors(state)
+    saved = [tensor.clone() for tensor in tensors]
+
+    def put_back() -> None:
+        for tensor, values in zip(tensors, saved, strict=True):
+            tensor.copy_(values)
+
+    return state, put_back
+
+
+def state_tensors(state: SlotState) -> list[torch.Tensor]:
+    sampling = state.sampling
+    return [state.tokens, state.computed, state.length, state.max_length, state.done, sampling.top_k, sampling.counts]
+
+
+def admission(device: torch.device) -> Launch:
+    state, put_back = make_state(device)
+    records = np.zeros(3, ADMISSION)
+    for name, values in (("slot", (1, 4, 6)), ("num_ids", (5, 6, 7)), ("num_prompt", 4), ("max_length", 50)):
+        records[name] = values
+    records["top_k"], records["penalizes"] = (7, 8, 9), 1
+    words = torch.from_numpy(records.view(np.int32).reshape(3, -1)).to(device)
+    ids = torch.arange(1, 19, dtype=torch.int32, device=device)
+
+    def call(words: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+        admit_triton(state, words, ids)
+        return state_tensors(state)
+
+    return Launch(call, [words, ids], put_back)
+
+
+def preparation(device: torch.device) -> Launch:
+    state, _ = make_state(device)
+
+    def call(slots: torch.Tensor, query_lens: torch.Tensor) -> list[torch.Tensor]:
+        made = prepare_triton(state, slots, query_lens, 40, decode_only=False)
+        return [tensor for name, tensor in made.items() if name != "block_tables"]  # of which a part is written
+
+    slots = torch.arange(8, dtype=torch.int32, device=device)
+    return Launch(call, [slots, slots + 1])
+
+
+def retirement(device: torch.device) -> Launch:
+    state, put_back = make_state(device)
+    handover = Handover(num_places=2, num_words=8, num_rows=8, device=device)
+
+    def call(slots: torch.Tensor, query_lens: torch.Tensor, drawn: torch.Tensor) -> list[torch.Tensor]:
+        retire_triton(state, slots, query_lens, drawn, handover, no_token=NO_TOKEN, broken_row=BROKEN_ROW)
+        return state_tensors(state)
+
+    slots = torch.arange(8, dtype=torch.int32, device=device)
+    return Launch(call, [slots, slots + 1, slots + 30], put_back)
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Launch]] = {
     "norm": norm,
     "norm of a sum": norm_of_sum,
@@ -288,8 +362,46 @@ LAUNCHES: dict[str, Callable[[torch.device], Launch]] = {
     "sum of ranks in one shot": partial(sum_of_ranks, group_of=Inboxes),
     "sum of ranks in two shots": partial(sum_of_ranks, group_of=Group),
     "logits of ranks": logits_of_ranks,
+    "admission": admission,
+    "preparation": preparation,
+    "retirement": retirement,
 }
 """Of each kernel that is launched so. (That fused decode attention waits for its tickets, no input shows.)"""
+
+KERNELS = {
+    "_rms_norm_kernel": "norm",
+    "_silu_and_mul_kernel": "SiLU",
+    "_qk_norm_rope_store_kernel": "RoPE",
+    "_fma_kernel": "fma, scaled",
+    "ring_kernel": "ring, scaled",
+    "cluster_linear": "cluster, scaled",
+    "gated_linear": "gated",
+    "_decode_kernel": "decode, 64",
+    "decode_kernel": "decode, 128",
+    "prefill_kernel": "prefill",
+    "_score_kernel": "sampling",
+    "_choose_kernel": "sampling",
+    "_one_shot_kernel": "sum of ranks in one shot",
+    "_two_shots_kernel": "sum of ranks in two shots",
+    "_peer_logits_kernel": "logits of ranks",
+    "_admit_kernel": "admission",
+    "_prepare_kernel": "preparation",
+    "_retire_kernel": "retirement",
+}
+"""Which of the launches shows that a kernel waits."""
+
+FIRST = {"_fetch_kernel", "_embed_rms_norm_kernel"}  # these let the next launch begin, and are ordinary ones themselves
+
+
+def test_no_dependent_kernel_is_left_out() -> None:
+    modules = [importlib.import_module(f"model.kernels.{m.name}") for m in pkgutil.iter_modules(model.kernels.__path__)]
+    found = {file.stem for path in model.kernels.__path__ for file in Path(path).glob("*.cu")}
+    for module in (*modules, table_kernels):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel") and "PDL" in kernel.arg_names:
+                found.add(name)
+    assert found == set(KERNELS) | FIRST
+    assert set(KERNELS.values()) <= set(LAUNCHES)
 
 
 @pytest.mark.gpu
