@@ -289,11 +289,19 @@ SAMPLING = {
 }
 
 
-def make_sampling(shape: Shape, rows: int, parameters: dict[str, float]) -> Call:
+PEAKED = ("top_k, top_p", "top_p")  # by which less survives of peaked logits than of flat ones
+
+
+def make_sampling(shape: Shape, rows: int, parameters: dict[str, float], *, peaked: bool = False) -> Call:
+    """Of normal logits, above which peaked ones have a thousand tokens, of a probability that falls with their rank."""
     tables = SamplingTables.allocate(rows, shape.vocab_size, 4, "cuda")
     for name, value in parameters.items():
         getattr(tables, name).fill_(value)
     logits = 3 * randn(rows, shape.vocab_size)
+    if peaked:
+        tokens = torch.rand(rows, shape.vocab_size, device="cuda").argsort(dim=1)[:, :1000]
+        ranked = 20 - 1.5 * torch.arange(1, 1001, device="cuda").log()
+        logits.scatter_(1, tokens, ranked.to(logits.dtype).expand(rows, -1))
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
     lengths = integers([100] * rows)
     return lambda: sample(logits, slots, lengths, tables)
@@ -301,13 +309,14 @@ def make_sampling(shape: Shape, rows: int, parameters: dict[str, float]) -> Call
 
 def sampling_cases(shape: Shape) -> Iterator[Case]:
     for name, parameters in SAMPLING.items():
-        for rows in BATCHES:
-            yield Case(
-                kernel="sample",
-                workload=f"batch {rows}, {name}",
-                make=partial(make_sampling, shape, rows, parameters),
-                num_bytes=rows * shape.vocab_size * (2 if name != "penalties" else 6),
-            )
+        for peaked in (False, True) if name in PEAKED else (False,):
+            for rows in BATCHES:
+                yield Case(
+                    kernel="sample",
+                    workload=f"batch {rows}, {name}" + ", peaked" * peaked,
+                    make=partial(make_sampling, shape, rows, parameters, peaked=peaked),
+                    num_bytes=rows * shape.vocab_size * (2 if name != "penalties" else 6),
+                )
 
 
 def time_case(case: Case) -> float:
