@@ -429,12 +429,12 @@ def check(config: EngineConfig) -> None:
 
 
 def sampling_params(text: str) -> SamplingParams:
-    """Read `--sampling NAME=VALUE,...`, for argparse."""
+    """Read `--sampling NAME=VALUE,...`, for argparse: all but the seed, of which each request has its own."""
     given = dict(option.partition("=")[::2] for option in text.split(","))
-    unknown = given.keys() - set(SamplingParams.__struct_fields__)
-    if unknown:
-        known = ", ".join(SamplingParams.__struct_fields__)
-        raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))} in sampling; there are {known}")
+    known = [name for name in SamplingParams.__struct_fields__ if name != "seed"]
+    if unknown := given.keys() - set(known):
+        message = f"no {', '.join(sorted(unknown))} in sampling; there are {', '.join(known)}"
+        raise argparse.ArgumentTypeError(message)
     try:
         return msgspec.convert(given, SamplingParams, strict=False)
     except msgspec.ValidationError as error:

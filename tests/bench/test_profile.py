@@ -176,6 +176,7 @@ def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: py
         (["--sampling", "top_x=3"], "no top_x in sampling; there are temperature, top_k, top_p"),
         (["--sampling", "top_k=many"], "Expected `int`, got `str` - at `$.top_k`"),
         (["--sampling", "greedy"], "no greedy in sampling"),
+        (["--sampling", "seed=3"], "no seed in sampling"),
         (["--set", "device=cpu"], "needs a CUDA GPU: there is no device to profile here"),
     ],
 )
