@@ -321,18 +321,21 @@ def _find_survivors(
     group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
     has_top_k = _has_top_k(top_k, vocab_size)
     lowest = tl.full([], float("-inf"), tl.float32)
+    upper = highest
     mass = tl.full([], -1.0, tl.float32)  # of which top-p leaves a part; negative while it is not known
     if has_top_k:
         lowest = _bound_of_top_k(group_max, top_k, highest)
     elif top_p < 1.0:
-        group_mass = tl.load(group_mass_row + group, mask=is_group, other=0.0)
-        mass = tl.sum(group_mass * tl.exp(group_max - highest), axis=0)
+        group_mass = tl.load(group_mass_row + group, mask=is_group, other=0.0) * tl.exp(group_max - highest)
+        mass = tl.sum(group_mass, axis=0)
         lowest = _bound_of_top_p(top_p, mass, highest, vocab_size)
+        # Scores from a value up weigh no more than all of the groups whose highest reach it, and no less than these.
+        _, upper = _narrow_groups(group_max, group_mass, lowest, highest, top_p * mass)
+        lowest, _ = _narrow_groups(group_max, tl.exp(group_max - highest), lowest, upper, top_p * mass)
     elif min_p > 0.0:
         lowest = highest + tl.log(min_p)
     num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
     score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
-    upper = highest
     few = _are_few(score, num_listed, lowest, LISTED, FEW)
     if few == 0:
         if has_top_k:
@@ -346,7 +349,7 @@ def _find_survivors(
                 lowest = tl.maximum(lowest, _bound_of_top_p(top_p, mass, highest, vocab_size))
             if num_listed > LISTED:  # a few passes until fewer groups need to be looked at
                 lowest, upper = _narrow(
-                    scores, score, num_listed, lowest, highest, highest, top_p * mass, 1 << 20, True, LISTED, GROUP,
+                    scores, score, num_listed, lowest, upper, highest, top_p * mass, 1 << 20, True, LISTED, GROUP,
                     STOP_IDS,
                 )  # fmt: skip
                 # Maxima that are read again leave registers free meanwhile.
@@ -449,6 +452,23 @@ def _bound_of_top_k(group_max, k, highest):
 def _bound_of_top_p(top_p, mass, highest, vocab_size):
     """Return a value below which all tokens together have less than the part of `mass` that top-p cuts off."""
     return highest + tl.log((1.0 - top_p) * mass / vocab_size)
+
+
+@jit
+def _narrow_groups(group_max, weight, lowest, upper, target):
+    """Narrow lowest .. upper to where the weights of the groups whose maxima reach a value come to reach target.
+
+    From the first result up they reach it, if it is not `lowest`; from above the second they do not, if it is not
+    `upper`. What lies between is less than a hundredth of either.
+    """
+    low = _order_of(lowest)
+    high = _order_of(upper)
+    while high - low >= 1 << 16:
+        middle = low + ((high - low + 1) >> 1)
+        enough = tl.sum(tl.where(group_max >= _value_of(middle), weight, 0.0), axis=0) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return _value_of(low), _value_of(high)
 
 
 @jit
