@@ -4,16 +4,19 @@ Two launches whatever the batch holds. `_score_kernel` spreads every row over pr
 GPU too: it reads the logits once and leaves the best token of each program's part of the vocabulary. `_choose_kernel`
 has one program a row. For most rows it only picks the best of the parts.
 
-A row that truncates needs the value from which up tokens survive. For it, the first kernel left the highest score of
-every group of 32 tokens, and for top-p their mass. The second one lists the groups that can matter and makes their
-scores once more from the logits: storing all scores would cost several times what reading the logits does. The k-th
-highest group maximum bounds the k-th highest score from below; what top-p and min-p keep is bounded by the highest
-score. Where few scores of the listed groups reach the bound, which is usual, each is compared with each, and so the
-exact threshold is found. Else that is by bisection on the integer image of float32, which keeps the order: on counts
-for top-k, on probability mass for top-p. Every sum runs in an order that depends on the row alone.
+A row that truncates needs to know which tokens survive. For it, the first kernel left the highest score of every group
+of 32 tokens, and for top-p their mass. The second one finds a bound that all survivors reach, lists the groups that
+reach it, and makes their scores once more from the logits: storing all scores would cost several times what reading the
+logits does. The k-th highest group maximum bounds the k-th highest score from below; what top-p and min-p keep is
+bounded by the highest score, and what top-p keeps by the groups' maxima.
 
-A bisection is a chain of some twenty passes. So what each needs lies in registers: all groups' maxima, and the scores
-of the groups that are listed first, which for most rows are all of them.
+For top-k the exact threshold is then found: where few scores of the listed groups reach the bound, which is usual, each
+is compared with each, else by bisection of the counts on the integer image of float32, which keeps the order. For top-p
+no threshold is needed: the best token with noise is drawn, and kept if the tokens above it leave room for it, which is
+one sum. Every sum runs in an order that depends on the row alone.
+
+What is looked at again and again lies in registers: all groups' maxima, and the scores of the groups that are listed
+first, which for most rows are all of them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -295,21 +298,24 @@ def _choose_kernel(
         scores = (logits_ptr + row * vocab_size, groups_row, vocab_size, rules)
         maxima_and_mass = (group_max_ptr + row * num_groups, group_mass_ptr + row * num_groups, num_groups)
         limits = (top_k, top_p, min_p)
-        lowest, num_listed, score, token = _find_survivors(
+        lowest, target, num_listed, score, token = _bound_survivors(
             scores, maxima_and_mass, few_ptr + row * FEW, limits, highest, GROUPS, LISTED, FEW, GROUP, STOP_IDS
         )
         seed = tl.load(seed_ptr + slot)
-        chosen = _draw(scores, score, token, num_listed, lowest, seed, length, APPROX, LISTED, GROUP, STOP_IDS)
+        chosen = _draw_survivor(
+            scores, score, token, num_listed, lowest, target, highest, seed, length, APPROX, LISTED, GROUP, STOP_IDS
+        )
     tl.store(tokens_ptr + row, tl.where(unusable, -1, chosen))
 
 
 @jit
-def _find_survivors(
+def _bound_survivors(
     scores, maxima_and_mass, few_row, limits, highest,
     GROUPS: tl.constexpr, LISTED: tl.constexpr, FEW: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Return the value from which up scores survive, how many groups are listed, of which all survivors are, and the
-    first ones' scores and tokens, [LISTED * GROUP].
+    """Return `lowest`, which all survivors reach, and `target`: of the tokens that reach it, those survive above which
+    there is less weight than that, or all where it is inf. Further how many groups are listed, which hold all of these,
+    and the first ones' scores and tokens, [LISTED * GROUP].
 
     scores: as for `_listed_scores`; maxima_and_mass: what `_score_kernel` left of the row's groups, and their number.
     """
@@ -321,52 +327,30 @@ def _find_survivors(
     group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
     has_top_k = _has_top_k(top_k, vocab_size)
     lowest = tl.full([], float("-inf"), tl.float32)
-    upper = highest
-    mass = tl.full([], -1.0, tl.float32)  # of which top-p leaves a part; negative while it is not known
+    target = tl.full([], float("inf"), tl.float32)
     if has_top_k:
         lowest = _bound_of_top_k(group_max, top_k, highest)
     elif top_p < 1.0:
-        group_mass = tl.load(group_mass_row + group, mask=is_group, other=0.0) * tl.exp(group_max - highest)
-        mass = tl.sum(group_mass, axis=0)
-        lowest = _bound_of_top_p(top_p, mass, highest, vocab_size)
-        # Scores from a value up weigh no more than all of the groups whose highest reach it, and no less than these.
-        _, upper = _narrow_groups(group_max, group_mass, lowest, highest, top_p * mass)
-        lowest, _ = _narrow_groups(group_max, tl.exp(group_max - highest), lowest, upper, top_p * mass)
+        group_mass = tl.load(group_mass_row + group, mask=is_group, other=0.0)
+        weight = tl.exp(group_max - highest)
+        mass = tl.sum(group_mass * weight, axis=0)
+        target = top_p * mass
+        lowest = _bound_of_top_p(group_max, weight, target, mass, highest, vocab_size)
     elif min_p > 0.0:
         lowest = highest + tl.log(min_p)
     num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
     score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
-    few = _are_few(score, num_listed, lowest, LISTED, FEW)
-    if few == 0:
-        if has_top_k:
-            target = top_k.to(tl.float32)
-            lowest, _ = _narrow(
-                scores, score, num_listed, lowest, highest, highest, target, 1, False, LISTED, GROUP, STOP_IDS
-            )
-        if top_p < 1.0:
-            if has_top_k:
-                mass = _total_from(scores, score, num_listed, lowest, highest, True, LISTED, GROUP, STOP_IDS)
-                lowest = tl.maximum(lowest, _bound_of_top_p(top_p, mass, highest, vocab_size))
-            if num_listed > LISTED:  # a few passes until fewer groups need to be looked at
-                lowest, upper = _narrow(
-                    scores, score, num_listed, lowest, upper, highest, top_p * mass, 1 << 20, True, LISTED, GROUP,
-                    STOP_IDS,
-                )  # fmt: skip
-                # Maxima that are read again leave registers free meanwhile.
-                group_max = tl.load(group_max_row + group, mask=is_group, other=float("-inf"))
-                num_listed = _list_groups(group_max, groups_row, lowest, GROUPS)
-                score, token = _listed_scores(scores, 0, num_listed, LISTED, GROUP, STOP_IDS)
-            few = _are_few(score, num_listed, lowest, LISTED, FEW)
-    if few & (has_top_k | (top_p < 1.0)):
-        k = tl.where(has_top_k, top_k, FEW)
-        lowest = _threshold_of_few(few_row, score, lowest, highest, k, top_p, mass, FEW)
-    elif top_p < 1.0:
-        lowest, _ = _narrow(
-            scores, score, num_listed, lowest, upper, highest, top_p * mass, 1, True, LISTED, GROUP, STOP_IDS
-        )
+    if has_top_k:
+        if _are_few(score, num_listed, lowest, LISTED, FEW):
+            lowest = _threshold_of_few(few_row, score, lowest, highest, top_k, top_p, FEW)
+        else:
+            lowest = _threshold_of_top_k(scores, score, num_listed, lowest, highest, top_k, LISTED, GROUP, STOP_IDS)
+            if top_p < 1.0:
+                bounds = (lowest, float("-inf"))
+                target = top_p * _total(scores, score, num_listed, bounds, highest, True, LISTED, GROUP, STOP_IDS)
     if min_p > 0.0:
         lowest = tl.maximum(lowest, highest + tl.log(min_p))
-    return lowest, num_listed, score, token
+    return lowest, target, num_listed, score, token
 
 
 @jit
@@ -449,26 +433,20 @@ def _bound_of_top_k(group_max, k, highest):
 
 
 @jit
-def _bound_of_top_p(top_p, mass, highest, vocab_size):
-    """Return a value below which all tokens together have less than the part of `mass` that top-p cuts off."""
-    return highest + tl.log((1.0 - top_p) * mass / vocab_size)
+def _bound_of_top_p(group_max, weight, target, mass, highest, vocab_size):
+    """Return a value that all reach of what top-p keeps of `mass`, which is `target`.
 
-
-@jit
-def _narrow_groups(group_max, weight, lowest, upper, target):
-    """Narrow lowest .. upper to where the weights of the groups whose maxima reach a value come to reach target.
-
-    From the first result up they reach it, if it is not `lowest`; from above the second they do not, if it is not
-    `upper`. What lies between is less than a hundredth of either.
+    weight: of each group's highest score. If those of the groups whose highest reach a value come to the target, then
+    so do all scores from there up. The value is at most a hundredth below the highest of which that is true.
     """
-    low = _order_of(lowest)
-    high = _order_of(upper)
+    low = _order_of(highest + tl.log((mass - target) / vocab_size))  # below, all tokens weigh less than is cut off
+    high = _order_of(highest)
     while high - low >= 1 << 16:
         middle = low + ((high - low + 1) >> 1)
         enough = tl.sum(tl.where(group_max >= _value_of(middle), weight, 0.0), axis=0) >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    return _value_of(low), _value_of(high)
+    return _value_of(low)
 
 
 @jit
@@ -489,11 +467,9 @@ def _are_few(score, num_listed, lowest, LISTED: tl.constexpr, FEW: tl.constexpr)
 
 
 @jit
-def _threshold_of_few(few_ptr, score, lowest, highest, k, top_p, mass, FEW: tl.constexpr):
+def _threshold_of_few(few_ptr, score, lowest, highest, top_k, top_p, FEW: tl.constexpr):
     """Return the value from which up scores survive top-k and top-p, where few reach `lowest`, and no others can: each
     of these is compared with each.
-
-    mass: of all that top-p leaves a part of; negative where that is what top-k leaves.
     """
     is_candidate = score >= lowest
     place = tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
@@ -503,80 +479,107 @@ def _threshold_of_few(few_ptr, score, lowest, highest, k, top_p, mass, FEW: tl.c
     is_one = number < tl.sum(is_candidate.to(tl.int32), axis=0)
     few = tl.load(few_ptr + number, mask=is_one, other=float("-inf"))
     higher = few[:, None] > few[None, :]
-    kept = tl.sum(higher.to(tl.int32), axis=0) < k
+    kept = tl.sum(higher.to(tl.int32), axis=0) < top_k
     weight = tl.where(kept, tl.exp(few - highest), 0.0)
-    mass = tl.where(mass < 0.0, tl.sum(weight, axis=0), mass)
     above = tl.sum(tl.where(higher, weight[:, None], 0.0), axis=0)
-    target = tl.where(top_p < 1.0, top_p * mass, float("inf"))
+    target = tl.where(top_p < 1.0, top_p * tl.sum(weight, axis=0), float("inf"))
     return tl.min(tl.where(kept & is_one & (above < target), few, highest), axis=0)
 
 
 @jit
-def _narrow(
-    scores, score, num_listed, lowest, upper, highest, target, step,
-    WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+def _threshold_of_top_k(
+    scores, score, num_listed, lowest, highest, top_k,
+    LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Narrow lowest .. upper, until less than `step` floats apart, to where `_total_from` comes to reach target.
-
-    The total of `lowest` reaches it, those of values above `upper` do not. Where a total meets the target exactly, the
-    two are one: between there and the next score, all values keep the same scores.
-    """
+    """Return a value that top_k listed scores reach and no more, but where some are equal, by bisection."""
     low = _order_of(lowest)
-    high = _order_of(upper)
-    while high - low >= step:
+    high = _order_of(highest)
+    while low < high:
         middle = low + ((high - low + 1) >> 1)
-        total = _total_from(scores, score, num_listed, _value_of(middle), highest, WEIGHTED, LISTED, GROUP, STOP_IDS)
-        low = tl.where(total >= target, middle, low)
-        high = tl.where(total > target, high, tl.where(total == target, middle, middle - 1))
-    return _value_of(low), _value_of(high)
+        bounds = (_value_of(middle), float("-inf"))
+        count = _total(scores, score, num_listed, bounds, highest, False, LISTED, GROUP, STOP_IDS)
+        low = tl.where(count >= top_k, middle, low)
+        high = tl.where(count > top_k, high, middle - 1)  # and so ends where the count is met
+    return _value_of(low)
 
 
 @jit
-def _total_from(
-    scores, score, num_listed, lowest, highest,
-    WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+def _draw_survivor(
+    scores, score, token, num_listed, lowest, target, highest, seed, length,
+    APPROX: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Return how many listed scores reach `lowest`, or with WEIGHTED the sum of exp(score - highest) over them.
+    """Return the survivor with the highest score plus noise.
 
-    score: those of the first groups, [LISTED * GROUP]; the others are made.
+    The arguments are what `_bound_survivors` returns. The best of all that reach `lowest` is the best of the survivors,
+    if it is one. If not, none is that has no higher score, and the best of the others is looked at. How much weight is
+    left by then is uniformly distributed, so that this ends soon, mostly at once.
     """
-    total = _weights_from(score, lowest, highest, WEIGHTED)
-    for start in range(LISTED, num_listed, LISTED):
-        more, _ = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
-        total += _weights_from(more, lowest, highest, WEIGHTED)
-    return tl.sum(total, axis=0)
-
-
-@jit
-def _weights_from(score, lowest, highest, WEIGHTED: tl.constexpr):
-    weight = 1.0
-    if WEIGHTED:
-        weight = tl.exp(score - highest)
-    return tl.where(score >= lowest, weight, 0.0)
+    chosen = tl.full([], 0, tl.int32)
+    beyond = tl.full([], float("-inf"), tl.float32)
+    above = target
+    while (above >= target) & (beyond < highest):  # the highest survives, even where the target is 0
+        bounds = (lowest, beyond)
+        chosen = _draw(scores, score, token, num_listed, bounds, seed, length, APPROX, LISTED, GROUP, STOP_IDS)
+        above = tl.full([], 0.0, tl.float32)
+        if target < float("inf"):
+            logits_row, _, _, rules = scores
+            beyond = _score(tl.load(logits_row + chosen).to(tl.float32), chosen, True, rules, STOP_IDS)
+            bounds = (lowest, beyond)
+            above = _total(scores, score, num_listed, bounds, highest, True, LISTED, GROUP, STOP_IDS)
+    return chosen
 
 
 @jit
 def _draw(
-    scores, score, token, num_listed, lowest, seed, length,
+    scores, score, token, num_listed, bounds, seed, length,
     APPROX: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Return the token with the highest score plus noise among the listed ones that reach `lowest`.
+    """Return the token with the highest score plus noise among the listed ones within bounds.
 
     score, token: those of the first groups, [LISTED * GROUP]; the others are made.
     """
-    best = tl.full([], float("-inf"), tl.float32)
-    best_token = tl.full([], 0x7FFFFFFF, tl.int32)
+    best = tl.full([LISTED * GROUP], float("-inf"), tl.float32)
+    best_token = token
     for start in range(0, num_listed, LISTED):
         if start > 0:
             score, token = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
-        kept = (score >= lowest) & (score > float("-inf"))
-        noisy = tl.where(kept, _with_noise(score, seed, length, token, APPROX), float("-inf"))
-        here = tl.max(noisy, axis=0)
-        token_here = tl.min(tl.where(kept & (noisy == here), token, 0x7FFFFFFF), axis=0)
-        better = (here > best) | ((here == best) & (token_here < best_token))
-        best = tl.where(better, here, best)
-        best_token = tl.where(better, token_here, best_token)
-    return best_token
+        noisy = _with_noise(score, seed, length, token, APPROX)
+        better = _within(score, bounds) & (noisy > best)
+        best = tl.where(better, noisy, best)
+        best_token = tl.where(better, token, best_token)
+    is_best = (best == tl.max(best, axis=0)) & (best > float("-inf"))
+    return tl.min(tl.where(is_best, best_token, 0x7FFFFFFF), axis=0)
+
+
+@jit
+def _total(
+    scores, score, num_listed, bounds, highest,
+    WEIGHTED: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, STOP_IDS: tl.constexpr,
+):  # fmt: skip
+    """Return how many listed scores are within bounds, or with WEIGHTED the sum of exp(score - highest) over them.
+
+    score: those of the first groups, [LISTED * GROUP]; the others are made.
+    """
+    total = _weight(score, bounds, highest, WEIGHTED)
+    for start in range(LISTED, num_listed, LISTED):
+        more, _ = _listed_scores(scores, start, num_listed, LISTED, GROUP, STOP_IDS)
+        total += _weight(more, bounds, highest, WEIGHTED)
+    return tl.sum(total, axis=0)
+
+
+@jit
+def _weight(score, bounds, highest, WEIGHTED: tl.constexpr):
+    weight = 1.0
+    if WEIGHTED:
+        weight = tl.exp(score - highest)
+    return tl.where(_within(score, bounds), weight, 0.0)
+
+
+@jit
+def _within(score, bounds):
+    """Whether scores reach the first of two bounds, and lie above the second."""
+    lowest, beyond = bounds
+    return (score >= lowest) & (score > beyond)
 
 
 @jit
