@@ -439,7 +439,8 @@ def _bound_of_top_p(group_max, weight, target, mass, highest, vocab_size):
     weight: of each group's highest score. If those of the groups whose highest reach a value come to the target, then
     so do all scores from there up. The value is at most a hundredth below the highest of which that is true.
     """
-    low = _order_of(highest + tl.log((mass - target) / vocab_size))  # below, all tokens weigh less than is cut off
+    bound = highest + tl.log((mass - target) / vocab_size)  # below, all tokens weigh less than is cut off
+    low = _order_of(tl.minimum(bound, highest))  # a GPU's quotient of equal numbers may come to more than 1
     high = _order_of(highest)
     while high - low >= 1 << 16:
         middle = low + ((high - low + 1) >> 1)

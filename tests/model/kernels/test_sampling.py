@@ -207,6 +207,21 @@ def test_ties_go_to_the_lowest_id(triton_device: torch.device) -> None:
     assert sample_triton(logits, slots, slots.int(), tables).tolist() == [0, 70]
 
 
+@pytest.mark.parametrize("top_k", [0, 100])
+def test_equal_logits_all_survive(triton_device: torch.device, top_k: int) -> None:
+    top_p = [1e-9, 0.5, 1 - 2**-24]
+    tables = SamplingTables.allocate(len(top_p), VOCAB, 1, triton_device)
+    tables.temperature.fill_(1.0)
+    tables.top_k.fill_(top_k)
+    tables.top_p.copy_(torch.tensor(top_p))
+    slots = torch.arange(24, device=triton_device) % len(top_p)
+    lengths = torch.arange(24, dtype=torch.int32, device=triton_device)
+    logits = torch.zeros(24, VOCAB, device=triton_device)
+    tokens = sample_triton(logits, slots, lengths, tables).tolist()
+    assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
+    assert len(set(tokens)) > 12
+
+
 def test_a_token_depends_on_neither_row_nor_batch(triton_device: torch.device) -> None:
     """The small batch is cut into other tiles than the large one."""
     tables = mixed_tables(triton_device)
