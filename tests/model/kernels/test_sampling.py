@@ -155,6 +155,7 @@ def test_exactly_the_survivors_are_drawn(
     assert tokens == sample_torch(logits, slots, lengths, tables).tolist()
 
 
+@pytest.mark.usefixtures("_parts")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_unusable_logits_give_minus_one(triton_device: torch.device, bad: float) -> None:
     tables = mixed_tables(triton_device)
