@@ -32,7 +32,7 @@ from bench.provenance import json_file, provenance
 from bench.workloads import Job, mixed_256, uniform
 from model.published import SIZES, write_config
 from worker.client import EngineClient, EngineRequest
-from worker.config import ConfigError, EngineConfig
+from worker.config import ConfigError, EngineConfig, add_set_option, engine_config
 from worker.control import ChildEnd, Drain, Progress, Stop, Up
 from worker.endpoint import EngineEndpoint
 from worker.messages import EngineInfo, SamplingParams
@@ -188,15 +188,17 @@ def main() -> int:
         "--first-start", action="store_true", help="with an empty cache of kernels, as on a new machine"
     )
     parser.add_argument("--json", type=json_file, help="write the figures here")
-    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options: device=cpu ...")
+    add_set_option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.first_start:
             os.environ["TRITON_CACHE_DIR"] = str(Path(scratch) / "kernels")
         folder = arguments.model or str(write_config(arguments.size, Path(scratch) / "model"))
         options = {"model": folder, "load_format": "auto" if arguments.model else "random"}
-        options |= dict(option.split("=", 1) for option in arguments.set)
-        config = EngineConfig.model_validate(options)
+        try:
+            config = engine_config(options | dict(arguments.set))
+        except ConfigError as error:
+            parser.error(str(error))
         result_file = Path(scratch) / "results.json"
         ready: list[float] = []
         phases = Phases()

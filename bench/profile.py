@@ -34,7 +34,6 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from bench.provenance import json_file, provenance, without
@@ -43,7 +42,7 @@ from model.errors import ModelError
 from model.published import SIZES, write_config
 from worker.channel import PlanReceiver, PlanSender
 from worker.children import RankSpec
-from worker.config import ConfigError, EngineConfig
+from worker.config import ConfigError, EngineConfig, add_set_option, engine_config
 from worker.endpoint import private_endpoint
 from worker.follower import Follower
 from worker.messages import EngineStats, SamplingParams, Submit, ids_to_bytes
@@ -476,7 +475,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=64, help="steps of each pass (default: 64)")
     parser.add_argument("--json", type=json_file, help="write the figures here")
-    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options")
+    add_set_option(parser)
     arguments = parser.parse_args()
     numbers = (*arguments.batches, *arguments.prefill, *arguments.mixed)
     if min(*numbers, arguments.mixed_prompt, arguments.context, arguments.steps) < 1:
@@ -487,11 +486,10 @@ def main() -> int:
             "load_format": "random",
             "tensor_parallel_size": arguments.tensor_parallel_size,
         }
-        options |= dict(option.split("=", 1) for option in arguments.set)
         try:
-            config = EngineConfig.model_validate(options)
+            config = engine_config(options | dict(arguments.set))
             check(config)
-        except (ValidationError, ConfigError, ModelError) as error:
+        except (ConfigError, ModelError) as error:
             parser.error(str(error))
         try:
             run_ranks(config, functools.partial(report, arguments, config.tensor_parallel_size))

@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from worker.config import ConfigError, EngineConfig
+from worker.config import ConfigError, EngineConfig, problems
 
 ENV_PREFIX = "LIGHTQWEN_"
 
@@ -200,15 +200,4 @@ def load_config(argv: list[str], prog: str = "lightqwen serve") -> ServeConfig:
     except SettingsError as error:
         raise ConfigError(str(error).removeprefix("error parsing CLI: ")) from error
     except ValidationError as error:
-        raise ConfigError("\n".join(_readable(problem) for problem in error.errors())) from error
-
-
-def _readable(problem: Any) -> str:
-    """`--port: …` for one of pydantic's error records."""
-    message: str = problem["msg"].removeprefix("Value error, ")
-    if not problem["loc"]:
-        return message
-    flag = "--" + str(problem["loc"][0]).replace("_", "-")
-    if problem["type"] == "extra_forbidden":
-        return f"{flag}: no such option"
-    return f"{flag}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+        raise ConfigError(problems(error)) from error

@@ -19,14 +19,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from model.config import Qwen3Config
 from model.errors import ModelError
 from model.kernels import shipped
 from model.kernels.ahead import compile_ahead
 from model.published import SIZES, share, split_share, write_config
-from worker.config import ConfigError, EngineConfig
+from worker.config import ConfigError, EngineConfig, add_set_option, engine_config
 from worker.parent import end_with
 from worker.runner import try_out_nowhere
 
@@ -39,13 +37,7 @@ def main() -> int:
         "shapes", nargs="*", type=share, metavar="SIZE[/RANKS]", help=f"of {', '.join(SIZES)}; ranks: 1, 2, 4 or 8"
     )
     parser.add_argument("--model", nargs="+", default=[], metavar="FOLDER", help="checkpoints of other shapes")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="engine options, for all of them: tensor_parallel_size=2, of a --model's folder, ...",
-    )
+    add_set_option(parser)
     parser.add_argument(
         "--into", type=Path, default=shipped.folder(), metavar="FOLDER", help="where they go, for good (%(default)s)"
     )
@@ -58,10 +50,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.shapes and not arguments.model:
         parser.error(f"name a shape, such as {SIZES[0]} or {SIZES[-1]}/2, or a folder by --model")
-    if wrong := [option for option in arguments.set if "=" not in option]:
-        parser.error(f"--set: {wrong[0]!r} is not of the form OPTION=VALUE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    options = dict(option.split("=", 1) for option in arguments.set)
+    options = dict(arguments.set)
     try:
         _make(arguments.into)
         shipped.compile_nowhere(arguments.into.resolve())
@@ -72,12 +62,9 @@ def main() -> int:
                 folder = str(write_config(size, Path(scratch, size)))
                 wanted.append((shape, {**options, "model": folder, "tensor_parallel_size": str(ranks)}))
             # In a list, so that all are tried even where one fails.
-            done = [_compile(name, EngineConfig.model_validate(of), arguments.processes) for name, of in wanted]
+            done = [_compile(name, engine_config(of), arguments.processes) for name, of in wanted]
     except (ModelError, ConfigError) as error:
         parser.exit(1, f"worker.compile: error: {error}\n")
-    except ValidationError as error:
-        first = error.errors()[0]
-        parser.exit(1, f"worker.compile: error: --set {'.'.join(map(str, first['loc']))}: {first['msg']}\n")
     return 0 if all(done) else 1
 
 

@@ -6,9 +6,12 @@ checkpoint and the free memory) is decided once, in `worker/runner.py`, and repo
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 
 class ConfigError(Exception):
@@ -104,3 +107,49 @@ class EngineConfig(BaseModel):
         """Ranks of this node."""
         first = self.node_rank * self.local_size
         return range(first, first + self.local_size)
+
+
+def engine_config(options: Mapping[str, object]) -> EngineConfig:
+    """Read an engine's options, of which values may be text.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+    try:
+        return EngineConfig.model_validate(options)
+    except ValidationError as error:
+        raise ConfigError(problems(error)) from error
+
+
+def problems(error: ValidationError) -> str:
+    """`--port: ...`, one line for each problem."""
+    return "\n".join(_problem(details) for details in error.errors())
+
+
+def _problem(details: ErrorDetails) -> str:
+    message = details["msg"].removeprefix("Value error, ")
+    if not details["loc"]:
+        return message
+    flag = "--" + str(details["loc"][0]).replace("_", "-")
+    if details["type"] == "extra_forbidden":
+        return f"{flag}: no such option"
+    return f"{flag}: {message[:1].lower()}{message[1:]}, got {details['input']!r}"
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--set OPTION=VALUE ...`, which leaves pairs for `engine_config`."""
+    parser.add_argument(
+        "--set",
+        type=_assignment,
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="options of the engine, which `lightqwen serve --help` explains: device=cpu max_running=64 ...",
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    option, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form OPTION=VALUE")
+    return option.removeprefix("--").replace("-", "_"), value

@@ -64,6 +64,21 @@ def test_what_a_user_must_mend_is_one_line(root: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("device", "--set: 'device' is not of the form OPTION=VALUE"),
+        ("devise=cpu", "--devise: no such option"),
+        ("--max-running=0", "--max-running: input should be greater than or equal to 1, got '0'"),
+    ],
+)
+def test_a_wrong_option_of_the_engine_is_told(option: str, says: str, root: Path) -> None:
+    run = subprocess.run([*BENCH, f"--set={option}"], cwd=root, capture_output=True, text=True, check=False, timeout=55)
+    assert run.returncode == 2
+    assert says in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
 def test_help_defines_every_figure(root: Path) -> None:
     run = subprocess.run([*BENCH, "--help"], cwd=root, capture_output=True, text=True, check=True, timeout=55)
     for figure in ("mixed256:", "tpot_bN:", "ttft_1k:", "prefill_16x4k:", "tpot_b8_ctx8k:"):

@@ -172,11 +172,12 @@ def test_the_report_tells_of_how_many_gpus_it_is(tmp_path: Path, monkeypatch: py
     ("options", "message"),
     [
         (["--tensor-parallel-size", "3"], "tensor-parallel size 3 does not divide the model's 16 query heads"),
-        (["--tensor-parallel-size", "0"], "Input should be greater than or equal to 1"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size: input should be greater than or equal to 1, got 0"),
         (["--sampling", "top_x=3"], "no top_x in sampling; there are temperature, top_k, top_p"),
         (["--sampling", "top_k=many"], "Expected `int`, got `str` - at `$.top_k`"),
         (["--sampling", "greedy"], "no greedy in sampling"),
         (["--sampling", "seed=3"], "no seed in sampling"),
+        (["--set", "device"], "--set: 'device' is not of the form OPTION=VALUE"),
         (["--set", "device=cpu"], "needs a CUDA GPU: there is no device to profile here"),
     ],
 )

@@ -25,7 +25,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
         (["7B"], "'7B' is none of 0.6B, 1.7B, 4B, 8B, 14B, 32B, nor such a one with /2, /4 or /8"),
         (["8B/3"], "'8B/3' is none of"),
         (["8B", "--set", "dtype"], "--set: 'dtype' is not of the form OPTION=VALUE"),
-        (["8B", "--set", "dtyp=float16"], "--set dtyp: Extra inputs are not permitted"),
+        (["8B", "--set", "dtyp=float16"], "--dtyp: no such option"),
         (["8B", "--set", "attention_backend=flash"], "attention_backend=flash: only with triton"),
         (["--model", "nowhere"], "nowhere"),
         (["--model", "SHAPE", "--set", "tensor_parallel_size=3"], "3"),
