@@ -7,7 +7,8 @@ one minute to the next. Ours goes the whole way: `lightqwen serve` in its own pr
 - one: a single request, greedy;
 - mixed: 16 requests of mixed lengths, greedy. Ours gets them at once; transformers gets one batch, prompts padded to
   the longest, which runs until the longest output is done;
-- sampled: as mixed, with what Qwen3 recommends: temperature 0.6, top-k 20, top-p 0.95.
+- sampled: as mixed, with what Qwen3 recommends: temperature 0.6, top-k 20, top-p 0.95;
+- nucleus: as mixed, at temperature 1 with top-p 0.95 and no top-k, to which every token of the vocabulary counts.
 
 Tokens per second are the output tokens that were asked for over the time until the last of them.
 """
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,13 @@ def mixed_16() -> list[Job]:
 
 GREEDY: Sampling = {"temperature": 0.0}
 SAMPLED: Sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-WORKLOADS = {"one": (uniform(1, 64, 64), GREEDY), "mixed": (mixed_16(), GREEDY), "sampled": (mixed_16(), SAMPLED)}
+NUCLEUS: Sampling = {"temperature": 1.0, "top_k": 0, "top_p": 0.95}
+WORKLOADS = {
+    "one": (uniform(1, 64, 64), GREEDY),
+    "mixed": (mixed_16(), GREEDY),
+    "sampled": (mixed_16(), SAMPLED),
+    "nucleus": (mixed_16(), NUCLEUS),
+}
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
@@ -127,12 +135,13 @@ def run_theirs(model: PreTrainedModel, jobs: list[Job], sampling: Sampling) -> t
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, dtype: str, threads: int, pairs: int) -> dict[str, Any]:
-    """Every workload by turns; the order within a pair changes too."""
+def measure(folder: Path, dtype: str, threads: int, workloads: Sequence[str], pairs: int) -> dict[str, Any]:
+    """Each workload by turns; the order within a pair changes too."""
     results: dict[str, Any] = {}
     model = load_theirs(folder, dtype)
     with served(folder, dtype, threads) as (facts, _):
-        for name, (jobs, sampling) in WORKLOADS.items():
+        for name in workloads:
+            jobs, sampling = WORKLOADS[name]
             asked = sum(job.max_tokens for job in jobs)
             short = [Job(job.prompt_ids, 2) for job in jobs]
             run_ours(facts["address"], short, sampling)  # warm-up
@@ -171,6 +180,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="0.6B", help="a published shape (default: %(default)s)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="(default: float32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which workloads")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each workload (default: %(default)s)")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
@@ -190,7 +200,7 @@ def main() -> int:
         write_checkpoint(arguments.size, folder)
         try:
             for dtype in arguments.dtype:
-                report[dtype] = measure(folder, dtype, arguments.threads, arguments.pairs)
+                report[dtype] = measure(folder, dtype, arguments.threads, arguments.only, arguments.pairs)
         except Failed as error:
             print(f"bench.cpu: {error}", file=sys.stderr)
             return 1

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, ks_1samp
 
+import model.sampler
 from model.sampler import SamplingTables, gumbel_noise, sample
 
 VOCAB = 64
@@ -196,7 +197,11 @@ def test_no_parameters_draw_an_impossible_token(logits_seed: int, banned: list[i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_depends_on_neither_row_nor_batch_nor_slot(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chunk", [24 * VOCAB, 5 * VOCAB, 1])
+def test_a_token_depends_on_neither_row_nor_batch_nor_slot(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.sampler, "_CHUNK", chunk)
     torch.manual_seed(2)
     rows = 24
     logits = torch.randn(rows, VOCAB).to(dtype)
@@ -230,6 +235,21 @@ def test_ties_at_the_kth_value_are_all_kept() -> None:
     logits = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 0.0])
     tables = one_slot(6, temperature=1.0, top_k=3)
     assert set(draw(logits, tables, range(500))) == {0, 1, 2, 3, 4}
+
+
+def test_all_ties_are_kept_however_many() -> None:
+    logits = torch.zeros(1000)
+    logits[900:] = -1.0
+    tokens = draw(logits, one_slot(1000, temperature=1.0, top_k=3), range(5_000))
+    assert_follows(tokens, np.repeat([1 / 900, 0.0], [900, 100]))
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.05, 0.3])
+def test_a_small_share_is_followed_exactly(top_p: float) -> None:
+    """Most tokens that are drawn do not survive, so that others are looked at, once and again."""
+    logits = torch.linspace(0.0, 4.0, VOCAB)[torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))]
+    tables = one_slot(temperature=1.0, top_p=top_p)
+    assert_follows(draw(logits, tables, range(5_000)), exact_probabilities(logits.numpy(), 0, tables))
 
 
 def test_stop_ids_are_banned_below_the_minimum_length_only() -> None:
