@@ -15,7 +15,7 @@ from model.kernels.runtime import use_triton
 from model.kernels.sampling import MIN_TEMPERATURE, sample_triton
 from model.parallel import TensorParallel
 
-_CHUNK = 1 << 18  # scores that are looked at together: what comes of them meanwhile stays in a core's caches
+_CHUNK = 1 << 18  # scores that get noise at a time: what is made of them meanwhile stays in a core's caches
 _TIES = 32  # scores behind the k-th that are looked at, too, as they may equal it
 
 
@@ -116,8 +116,8 @@ def sample_torch(
     tokens = logits.argmax(dim=-1)
     banning = _banned(slots, lengths, tables).any(dim=-1)
     changed = (_is_penalized(slots, tables) | banning | _is_drawing(slots, tables)).nonzero().squeeze(1)
-    for rows in changed.split(max(1, _CHUNK // logits.shape[1])):
-        tokens[rows] = _choose(logits[rows].float(), slots[rows], lengths[rows], tables)
+    if len(changed):
+        tokens[changed] = _choose(logits[changed].float(), slots[changed], lengths[changed], tables)
     return torch.where(usable, tokens, -1).int()
 
 
@@ -164,12 +164,15 @@ def _penalize(scores: torch.Tensor, slots: torch.Tensor, tables: SamplingTables)
 def _draw(scores: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
     """Draw from tempered scores [rows, vocab]."""
     top_k = tables.top_k[slots]
+    limited, others = (top_k > 0).nonzero().squeeze(1), (top_k <= 0).nonzero().squeeze(1)
     tokens = torch.empty_like(slots, dtype=torch.int64)
-    for group, candidates in ((top_k > 0, _top_k), (top_k <= 0, _all)):
-        rows = group.nonzero().squeeze(1)
-        if len(rows):
-            values, ids = candidates(scores[rows], top_k[rows])
-            tokens[rows] = _draw_survivor(values, ids, slots[rows], lengths[rows], tables)
+    if len(limited):
+        values, ids = _top_k(scores[limited], top_k[limited])
+        tokens[limited] = _draw_survivor(values, ids, slots[limited], lengths[limited], tables)
+    if len(others):
+        ids = torch.arange(scores.shape[1], device=scores.device)
+        for rows in others.split(max(1, _CHUNK // len(ids))):
+            tokens[rows] = _draw_survivor(scores[rows], ids.expand(len(rows), -1), slots[rows], lengths[rows], tables)
     return tokens
 
 
@@ -186,10 +189,6 @@ def _top_k(scores: torch.Tensor, top_k: torch.Tensor) -> tuple[torch.Tensor, tor
     ids = ids.sort(dim=-1).values
     values = scores.gather(1, ids)
     return values.masked_fill(values < kth, -math.inf), ids
-
-
-def _all(scores: torch.Tensor, top_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return scores, torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
 
 
 def _draw_survivor(
