@@ -235,7 +235,7 @@ def gumbel_noise(seeds: torch.Tensor, lengths: torch.Tensor, token_ids: torch.Te
 def _random_bits(seeds: torch.Tensor, lengths: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Return 32 random bits [rows, n] as int64: a key of 64 bits per row, mixed with each token id.
 
-    In int32, whose products processors know for whole vectors, which is eight times as fast as in int64.
+    In int32, of which processors multiply whole vectors: several times as fast as in int64.
     """
     key = _mix64(_mix64(seeds) + lengths).unsqueeze(1)
     bits = _mix32(_mix32(token_ids.int() ^ key.int()) ^ (key >> 32).int())
