@@ -261,12 +261,13 @@ def test_stop_ids_are_banned_below_the_minimum_length_only() -> None:
     assert tokens[5:] == [7] * 5
 
 
+@pytest.mark.parametrize("parameters", [{}, {"top_p": 0.1}, {"top_k": 3}, {"top_k": 3, "top_p": 0.1}, {"min_p": 0.5}])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_unusable_logits_give_minus_one(bad: float) -> None:
+def test_unusable_logits_give_minus_one(bad: float, parameters: dict[str, Any]) -> None:
     logits = torch.zeros(3, VOCAB)
     logits[1, 40] = bad
     logits[2, 4] = -math.inf
-    tables = one_slot(temperature=1.0)
+    tables = one_slot(temperature=1.0, **parameters)
     tokens = sample(logits, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32), tables).tolist()
     assert tokens[1] == -1
     assert tokens[0] >= 0
